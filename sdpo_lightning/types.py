@@ -1,0 +1,197 @@
+"""Rank 0: the records that cross module borders, and the errors that cross the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+class ConfigurationError(ValueError):
+    """The user's configuration or data is wrong. The command line exits with 2.
+
+    The message says what was found, what was expected and which setting to change.
+    """
+
+
+class ResumeError(ValueError):
+    """A resume or a cache is refused. The command line exits with 3."""
+
+
+class SelfCheckError(RuntimeError):
+    """The policy or the reference is not M_{t-1} at the first step of stage t. Exits with 1."""
+
+
+@dataclass(eq=False)
+class PreferenceBatch:
+    """One micro-batch of B preference pairs, in one form for every layout.
+
+    The model runs on R rows of L tokens. The hidden state at flat position `source_index[n]` of the
+    R * L positions predicts `target_ids[n]`, whose log-probability belongs to sequence
+    `sequence_index[n]`. Sequences 0..B-1 are the chosen completions, B..2B-1 the rejected ones.
+
+    Attributes:
+        input_ids: `[R, L]` int64.
+        position_ids: `[R, L]` int64.
+        attention_mask: `[R, L]` int64, 1 for a real token.
+        source_index: `[N]` int64, flat position in `[R * L]` that predicts each completion token.
+        target_ids: `[N]` int64, the completion tokens of all 2B sequences.
+        sequence_index: `[N]` int64 in 0..2B-1.
+        completion_lengths: `[2B]` int64, tokens that count in each completion.
+        pair_id: `[B]` int64, unique over all sources.
+        weights: `[B]` float32; 0 marks a filler pair, which no loss and no metric counts.
+        step_pairs: real pairs of this optimizer step, over all ranks and micro-batches.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    source_index: Tensor
+    target_ids: Tensor
+    sequence_index: Tensor
+    completion_lengths: Tensor
+    pair_id: Tensor
+    weights: Tensor
+    step_pairs: int
+
+    @property
+    def num_pairs(self) -> int:
+        """B, filler pairs included."""
+        return self.pair_id.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """A copy with every tensor on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(eq=False)
+class PairLogps:
+    """Log-probabilities of the completions of B pairs, summed over tokens (nats).
+
+    Attributes:
+        chosen: `[B]` float32.
+        rejected: `[B]` float32.
+        chosen_lengths: `[B]` int64, completion tokens.
+        rejected_lengths: `[B]` int64.
+        pair_weights: `[B]` optional weights of the pairs, for losses that use them.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    pair_weights: Tensor | None = None
+
+    @property
+    def gamma(self) -> Tensor:
+        """`[B]` log pi(y_w | x) - log pi(y_l | x), the paper's log-ratio (below Eq. 1)."""
+        return self.chosen - self.rejected
+
+
+@dataclass(frozen=True, eq=False)
+class LogpTable:
+    """Logps of many pairs, looked up by pair id. The rows are sorted by id.
+
+    Attributes:
+        pair_id: `[P]` int64, ascending, on the CPU.
+        chosen: `[P]` float32, summed logps.
+        rejected: `[P]` float32.
+        chosen_lengths: `[P]` int64, completion tokens.
+        rejected_lengths: `[P]` int64.
+    """
+
+    pair_id: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+
+    @classmethod
+    def build(cls, pair_id: Tensor, logps: PairLogps) -> LogpTable:
+        """Sort by id; of a pair that was scored twice, one row is kept."""
+        order = torch.argsort(pair_id, stable=True)
+        ids = pair_id[order]
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        keep[1:] = ids[1:] != ids[:-1]
+        order = order[keep]
+        columns = (logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
+        return cls(pair_id[order], *(column[order] for column in columns))
+
+    def positions(self, pair_id: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the given ids.
+
+        Args:
+            pair_id: `[B]` int64, on the CPU.
+
+        Returns:
+            `[B]` row numbers (any row where unknown) and `[B]` bool, True where the id is known.
+        """
+        if not len(self.pair_id):
+            return torch.zeros_like(pair_id), torch.zeros_like(pair_id, dtype=torch.bool)
+        rows = torch.searchsorted(self.pair_id, pair_id).clamp_(max=len(self.pair_id) - 1)
+        return rows, self.pair_id[rows] == pair_id
+
+    def lookup(self, pair_id: Tensor) -> tuple[PairLogps, Tensor]:
+        """Logps of the given ids, on the device of `pair_id`.
+
+        Args:
+            pair_id: `[B]` int64.
+
+        Returns:
+            `PairLogps` of `[B]`, meaningless where unknown, and `[B]` bool, True where known.
+        """
+        rows, known = self.positions(pair_id.cpu())
+        columns = (self.chosen, self.rejected, self.chosen_lengths, self.rejected_lengths)
+        moved = (column[rows].to(pair_id.device) for column in columns)
+        return PairLogps(*moved), known.to(pair_id.device)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """D_t, the pairs that one stage trains on.
+
+    Attributes:
+        name: becomes the stage's name and part of a folder name.
+        pair_ids: ids in training order before any shuffle.
+    """
+
+    name: str
+    pair_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training on one chunk.
+
+    Attributes:
+        index: from 1, the paper's t.
+        name: the chunk's name.
+        pair_ids: ids in file order, source after source.
+        epochs: passes over the chunk.
+        steps_per_epoch: optimizer steps of one pass.
+        first_epoch: the Trainer's `current_epoch` at which the stage begins.
+    """
+
+    index: int
+    name: str
+    pair_ids: Sequence[int]
+    epochs: int
+    steps_per_epoch: int
+    first_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def folder_name(self) -> str:
+        """Name of M_t's folder, as in `02-pandalm`."""
+        return f"{self.index:02d}-{self.name}"
