@@ -1,0 +1,32 @@
+"""Stepwise DPO (sDPO, arXiv 2403.19270) for PyTorch Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DPOLitModule": "module",
+    "CurriculumDataModule": "data.datamodule",
+    "PreferenceSource": "data.sources",
+    "StageTransition": "callbacks",
+    "StageExport": "callbacks",
+    "StageCheckpoint": "checkpoint",
+    "ReferencePolicy": "reference",
+    "ResidentReference": "reference",
+    "CachedReference": "reference",
+    "PreferenceBatch": "types",
+    "PairLogps": "types",
+    "Chunk": "types",
+    "Stage": "types",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    # Lazy, so that `--help` and the bottom ranks don't pay for Lightning.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

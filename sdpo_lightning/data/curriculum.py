@@ -1,0 +1,147 @@
+"""Rank 1: pair scores -> ordered chunks -> stages. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sdpo_lightning.types import Chunk, ConfigurationError, Stage
+
+
+def reward_accuracy(scores: Tensor) -> tuple[float, float]:
+    """Share of pairs that a model scores the right way round, without a reference.
+
+    The paper (arXiv 2403.19270, section 3.2) sorts sources by "reward accuracy of M_0"; with M_0 as its own
+    reference every reward is 0, so the score is gamma_{M_0}, the log-ratio below Eq. 1.
+
+    Args:
+        scores: `[P]`, gamma of each pair; a tie (0) counts 1/2.
+
+    Returns:
+        The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P).
+
+    Raises:
+        ConfigurationError: without pairs.
+    """
+    if scores.numel() == 0:
+        raise ConfigurationError("no pairs to rank; raise `data.rank_limit` or check the source")
+    wins = (scores > 0).double() + 0.5 * (scores == 0).double()
+    deviation = wins.std(unbiased=True).item() if wins.numel() > 1 else 0.5
+    return wins.mean().item(), deviation / math.sqrt(wins.numel())
+
+
+def easy_to_hard(accuracies: Mapping[str, float]) -> list[str]:
+    """Source names by descending reward accuracy (arXiv 2403.19270, section 3.2); ties keep their order."""
+    return sorted(accuracies, key=lambda name: -accuracies[name])
+
+
+def tied_groups(order: Sequence[str], scores: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """Group neighbours of an order that lie closer than two standard errors of their difference.
+
+    Args:
+        order: source names.
+        scores: name -> (accuracy, standard error).
+
+    Returns:
+        The names in the same order, each group a run of neighbours that are tied one to the next.
+    """
+    groups: list[list[str]] = []
+    for name in order:
+        if groups:
+            (a, se_a), (b, se_b) = scores[groups[-1][-1]], scores[name]
+            if abs(a - b) < 2 * math.hypot(se_a, se_b):
+                groups[-1].append(name)
+                continue
+        groups.append([name])
+    return groups
+
+
+def chunks_by_source(groups: Sequence[Sequence[str]], pair_ids: Mapping[str, Sequence[int]]) -> list[Chunk]:
+    """One chunk a group of sources, pairs in file order, source after source."""
+    return [Chunk("+".join(group), [i for name in group for i in pair_ids[name]]) for group in groups]
+
+
+def chunk_pooled(pair_ids: Mapping[str, Sequence[int]], seed: int) -> list[Chunk]:
+    """All pairs as one shuffled chunk: plain DPO, the paper's baseline (section 4.3)."""
+    pooled = [i for ids in pair_ids.values() for i in ids]
+    return [Chunk("pooled", _shuffled(pooled, seed))]
+
+
+def chunks_random(
+    groups: Sequence[Sequence[str]], pair_ids: Mapping[str, Sequence[int]], seed: int
+) -> list[Chunk]:
+    """All pairs pooled, then cut at random into the sizes of `chunks_by_source` (Table 3, "sDPO Rand.")."""
+    pooled = _shuffled([i for ids in pair_ids.values() for i in ids], seed)
+    sizes = [sum(len(pair_ids[name]) for name in group) for group in groups]
+    chunks, start = [], 0
+    for index, size in enumerate(sizes, 1):
+        chunks.append(Chunk(f"random-{index}", pooled[start : start + size]))
+        start += size
+    return chunks
+
+
+def _shuffled(items: Sequence[int], seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def steps_per_epoch(
+    num_pairs: int, pairs_per_micro_batch: int, accumulate: int, limit_batches: int | float
+) -> tuple[int, int]:
+    """Micro-batches and optimizer steps of one pass over a chunk; the last, smaller ones count.
+
+    Args:
+        num_pairs: pairs of the chunk.
+        pairs_per_micro_batch: over all ranks (`data.batch_size` times the world size).
+        accumulate: `trainer.accumulate_grad_batches`.
+        limit_batches: `trainer.limit_train_batches`; an int is a number, a float a share.
+
+    Returns:
+        Micro-batches a rank, optimizer steps.
+    """
+    batches = math.ceil(num_pairs / pairs_per_micro_batch)
+    if isinstance(limit_batches, int):
+        batches = min(batches, limit_batches)
+    else:
+        batches = int(batches * limit_batches)
+    return batches, math.ceil(batches / accumulate)
+
+
+def stage_plan(chunks: Sequence[Chunk], epochs: Sequence[int], steps: Sequence[int]) -> list[Stage]:
+    """The stages of a run.
+
+    Args:
+        chunks: in training order.
+        epochs: passes over each chunk.
+        steps: optimizer steps of one pass over each chunk.
+
+    Returns:
+        One `Stage` a chunk, index from 1.
+
+    Raises:
+        ConfigurationError: a chunk without pairs or without a step.
+    """
+    stages, first_epoch = [], 0
+    for index, (chunk, passes, per_epoch) in enumerate(zip(chunks, epochs, steps, strict=True), 1):
+        if not len(chunk.pair_ids) or per_epoch < 1:
+            raise ConfigurationError(
+                f"stage {index} {chunk.name!r}: {len(chunk.pair_ids)} pairs make no optimizer step; "
+                "check `data.sources` and `trainer.limit_train_batches`"
+            )
+        stages.append(Stage(index, chunk.name, chunk.pair_ids, passes, per_epoch, first_epoch))
+        first_epoch += passes
+    return stages
+
+
+def stage_of_epoch(stages: Sequence[Stage], epoch: int) -> Stage:
+    """The stage of a Trainer epoch; beyond the plan's end, the last stage.
+
+    Lightning asks for a loader once more after the end of a finished run.
+    """
+    for stage in stages:
+        if epoch < stage.first_epoch + stage.epochs:
+            return stage
+    return stages[-1]
