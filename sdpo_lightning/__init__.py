@@ -22,7 +22,7 @@ _HOMES = {
     "Stage": "types",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:

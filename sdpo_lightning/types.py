@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -195,3 +196,22 @@ class Stage:
     def folder_name(self) -> str:
         """Name of M_t's folder, as in `02-pandalm`."""
         return f"{self.index:02d}-{self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceInputs:
+    """What a reference may need at the start of a stage.
+
+    Attributes:
+        batches: each pair of the chunk and each held-out pair once, unshuffled, this rank's share.
+        rows_digest: sha256 over the tokenised rows of `batches` in order.
+        policy_digest: sha256 of the weights that the reference takes over, the recorded M_{t-1}.
+        folder: where caches are kept, in the run directory.
+        known: logps of M_0 where they were computed for the ranking; None from stage 2 on.
+    """
+
+    batches: Iterable[PreferenceBatch]
+    rows_digest: str
+    policy_digest: str
+    folder: Path
+    known: LogpTable | None = None

@@ -89,7 +89,7 @@ def _shuffled(items: Sequence[int], seed: int) -> list[int]:
 
 
 def steps_per_epoch(
-    num_pairs: int, pairs_per_micro_batch: int, accumulate: int, limit_batches: int | float
+    num_pairs: int, pairs_per_micro_batch: int, accumulate: int, limit_batches: float
 ) -> tuple[int, int]:
     """Micro-batches and optimizer steps of one pass over a chunk; the last, smaller ones count.
 
@@ -145,3 +145,29 @@ def stage_of_epoch(stages: Sequence[Stage], epoch: int) -> Stage:
         if epoch < stage.first_epoch + stage.epochs:
             return stage
     return stages[-1]
+
+
+def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Choose held-out pairs such that no prompt stands on both sides.
+
+    Args:
+        prompts: one a pair; equal prompts stay together.
+        fraction: wanted share of pairs; whole prompts are taken until it is reached.
+        seed: of the choice.
+
+    Returns:
+        True for each held-out pair.
+    """
+    wanted = fraction * len(prompts)
+    sizes: dict[str, int] = {}
+    for prompt in prompts:
+        sizes[prompt] = sizes.get(prompt, 0) + 1
+    unique = list(sizes)
+    held: set[str] = set()
+    count = 0
+    for index in _shuffled(range(len(unique)), seed):
+        if count >= wanted:
+            break
+        held.add(unique[index])
+        count += sizes[unique[index]]
+    return [prompt in held for prompt in prompts]

@@ -1,0 +1,137 @@
+"""Rank 2: a causal LM as one module from ids to token logps; load, copy, save and digest its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sdpo_lightning.logprobs import token_logps
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch
+
+
+class CausalBackbone(nn.Module):
+    """Backbone and head in one `forward`, so that sharding hooks gather the head's weight too.
+
+    Args:
+        model: a transformers causal LM.
+        logits_budget_mb: most MiB of fp32 logits that exist at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, logits_budget_mb: float = 256.0) -> None:
+        super().__init__()
+        self.model = model
+        self.logits_budget_mb = logits_budget_mb
+        # Granite divides, Cohere multiplies, Gemma 2 caps its logits after the head.
+        values = model.config.get_text_config().to_dict()
+        self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
+        self.logit_cap = float(values.get("final_logit_softcapping") or 0.0)
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
+        hidden = self.model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[n, D]` -> logits `[n, V]`."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+        return logits
+
+
+def load_policy(
+    model_name_or_path: str, disable_dropout: bool = True, logits_budget_mb: float = 256.0
+) -> CausalBackbone:
+    """Load a causal LM with fp32 master weights, whatever the file's dtype.
+
+    Args:
+        model_name_or_path: a Hugging Face folder or hub name with safetensors weights.
+        disable_dropout: set every dropout probability to 0.
+        logits_budget_mb: most MiB of fp32 logits that exist at once.
+
+    Raises:
+        ConfigurationError: the model can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+        if disable_dropout:
+            _zero_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"`model.model_name_or_path`: no causal LM with safetensors weights at {model_name_or_path!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return CausalBackbone(model, logits_budget_mb)
+
+
+def _zero_dropout(config: PretrainedConfig) -> None:
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+
+
+@torch.no_grad()
+def copy_weights_(target: nn.Module, source: nn.Module) -> None:
+    """Copy parameters and buffers of `source` into `target`, which has the same names and shapes."""
+    theirs = dict(source.named_parameters()) | dict(source.named_buffers())
+    ours = dict(target.named_parameters()) | dict(target.named_buffers())
+    assert ours.keys() == theirs.keys(), "policy and reference are not the same architecture"
+    torch._foreach_copy_(list(ours.values()), [theirs[name] for name in ours])
+
+
+def weights_digest(backbone: CausalBackbone) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(backbone.model.named_parameters()):
+        tensor = parameter.detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a Hugging Face folder (safetensors, configs, tokenizer) that appears whole or not at all.
+
+    Weights keep the master dtype: a later reference must be these very numbers.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    backbone.model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    for path in staging.iterdir():
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,182 @@
+"""Rank 2: text -> ids, ids -> `PreferenceBatch`.
+
+Ids agree with TRL's on well-formed rows: a conversational row goes through the chat template twice (prompt
+with the generation prompt; whole dialogue), a string row is tokenised jointly with EOS appended to the
+completion if missing. The completion starts where the ids diverge, at the same place on both sides. Masks
+go by position, never by token id, so that pad == eos keeps a real EOS in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch
+
+Text = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Ids of one pair after truncation: both sides have the same prompt and at least one completion token."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class PairTokenizer:
+    """Turns canonical rows into ids with one tokenizer and one length limit.
+
+    Args:
+        tokenizer: a transformers tokenizer with an EOS token.
+        max_length: most tokens of prompt + completion; a longer completion loses its end.
+
+    Raises:
+        ConfigurationError: a tokenizer without EOS, or a `max_length` below 2.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigurationError(
+                "the tokenizer has no EOS token, so no answer could end; set `eos_token` in its "
+                "tokenizer_config.json or name another one by `data.tokenizer`"
+            )
+        if max_length < 2:
+            raise ConfigurationError(f"`data.max_length` is {max_length}, expected at least 2")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_texts = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
+
+    def check_template(self, source_name: str) -> None:
+        """Refuse conversational rows without a chat template.
+
+        Raises:
+            ConfigurationError: the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ConfigurationError(
+                f"source {source_name!r} is conversational, but the tokenizer has no chat template; use a chat "
+                "model's tokenizer (`data.tokenizer`) or rows of plain strings"
+            )
+
+    def __call__(self, prompt: Text, chosen: Text, rejected: Text) -> TokenizedPair | str:
+        """Ids of one row, or the reason why it is dropped: see `tokenize_pair`."""
+        return tokenize_pair(self, prompt, chosen, rejected)
+
+    def _holds_special(self, text: Text) -> bool:
+        parts = [text] if isinstance(text, str) else [message["content"] for message in text]
+        return any(special in part for part in parts for special in self.special_texts)
+
+    def _string_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def _template_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+        return list(ids)
+
+    def _with_eos(self, completion: str) -> str:
+        eos = self.tokenizer.eos_token
+        return completion if completion.endswith(eos) else completion + eos
+
+
+def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected: Text) -> TokenizedPair | str:
+    """Tokenise and truncate one row.
+
+    Args:
+        tokenizer: tokenizer and length limit.
+        prompt: a string, or messages `{role, content}`.
+        chosen: in the same form.
+        rejected: in the same form.
+
+    Returns:
+        The ids, or a reason: `prompt_too_long` (the prompt alone reaches `max_length`), `empty_completion`
+        (nothing left to score), `identical` (equal ids, also after truncation only), `special_token_in_text`
+        (the literal text of a control token in an answer would end it).
+    """
+    if isinstance(prompt, str):
+        eos = tokenizer.tokenizer.eos_token
+        if any(tokenizer._holds_special(side.removesuffix(eos)) for side in (chosen, rejected)):
+            return "special_token_in_text"
+        prompt_ids = tokenizer._string_ids(prompt)
+        sides = [tokenizer._string_ids(prompt + tokenizer._with_eos(side)) for side in (chosen, rejected)]
+    else:
+        if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected)):
+            return "special_token_in_text"
+        prompt_ids = tokenizer._template_ids(prompt, True)
+        sides = [tokenizer._template_ids(prompt + side, False) for side in (chosen, rejected)]
+    boundary = min(_common_prefix(prompt_ids, side) for side in sides)
+    return _truncate(sides, boundary, tokenizer.max_length)
+
+
+def _truncate(sides: Sequence[list[int]], boundary: int, max_length: int) -> TokenizedPair | str:
+    if boundary >= max_length:
+        return "prompt_too_long"
+    chosen, rejected = (side[boundary:max_length] for side in sides)
+    # Without a prompt token nothing predicts the first completion token.
+    if boundary == 0 or not chosen or not rejected:
+        return "empty_completion"
+    if chosen == rejected:
+        return "identical"
+    return TokenizedPair(sides[0][:boundary], chosen, rejected)
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    for position, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return position
+    return min(len(left), len(right))
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Ids of pairs -> one `PreferenceBatch` of right-padded rows `[2B, L]`, chosen rows first.
+
+    Attributes:
+        pad_token_id: fills the masked positions; any valid id, no loss ever sees it.
+    """
+
+    pad_token_id: int
+
+    def __call__(
+        self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
+    ) -> PreferenceBatch:
+        """Build a micro-batch.
+
+        Args:
+            pair_ids: B ids.
+            pairs: B tokenised pairs.
+            weights: B numbers, 0 for filler pairs.
+            step_pairs: real pairs of the whole optimizer step.
+        """
+        sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+        length = max(len(prompt) + len(completion) for prompt, completion in sides)
+        input_ids = torch.full((len(sides), length), self.pad_token_id)
+        attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
+        sources, targets = [], []
+        for row, (prompt, completion) in enumerate(sides):
+            ids = torch.tensor(prompt + completion)
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+            first = row * length + len(prompt) - 1
+            sources.append(torch.arange(first, first + len(completion)))
+            targets.append(ids[len(prompt) :])
+        lengths = torch.tensor([len(completion) for _, completion in sides])
+        return PreferenceBatch(
+            input_ids=input_ids,
+            position_ids=torch.arange(length).expand(len(sides), length).contiguous(),
+            attention_mask=attention_mask,
+            source_index=torch.cat(sources),
+            target_ids=torch.cat(targets),
+            sequence_index=torch.repeat_interleave(torch.arange(len(sides)), lengths),
+            completion_lengths=lengths,
+            pair_id=torch.tensor(pair_ids, dtype=torch.long),
+            weights=torch.tensor(weights, dtype=torch.float32),
+            step_pairs=step_pairs,
+        )

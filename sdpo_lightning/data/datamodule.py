@@ -1,0 +1,413 @@
+"""Rank 4: sources -> stages; the loader of the current stage.
+
+The walk: `setup` reads and tokenises the sources (no weights so far) -> the transition callback scores them
+by M_0 and calls `rank` -> `partition` makes chunks -> `stages` -> each epoch `train_dataloader` gives the
+loader of its stage. The order is state of the checkpoint: a resumed run never ranks again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
+from sdpo_lightning.data.curriculum import (
+    chunk_pooled,
+    chunks_by_source,
+    chunks_random,
+    easy_to_hard,
+    reward_accuracy,
+    split_by_prompt,
+    stage_of_epoch,
+    stage_plan,
+    steps_per_epoch,
+    tied_groups,
+)
+from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
+from sdpo_lightning.data.sources import PreferenceSource, SourceRows, load_source
+from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable, PairLogps, Stage
+
+log = logging.getLogger(__name__)
+
+# Held-out files count their rows from here, so that their ids never meet those of the training file.
+_VAL_FIRST_ROW = 1 << 39
+
+
+@dataclass
+class SourceReport:
+    """What became of one source; a row of `curriculum.json`."""
+
+    name: str
+    pairs: int
+    val_pairs: int
+    dropped: dict[str, int]
+    reward_accuracy: float | None = None
+    standard_error: float | None = None
+    mean_logps_accuracy: float | None = None
+    mean_logps_standard_error: float | None = None
+    train_ids: list[int] = field(default_factory=list, repr=False)
+    val_ids: list[int] = field(default_factory=list, repr=False)
+
+
+class CurriculumDataModule(pl.LightningDataModule):
+    """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
+
+    Args:
+        sources: the preference data sets, each a file, a folder or a hub name.
+        partition: `by_source`: one chunk a source; `pooled`: all pairs as one shuffled chunk, the paper's
+            DPO baseline; `random`: all pairs pooled and cut at random into the sizes of `by_source` (Table 3).
+        order: `easy_to_hard` by M_0's reward accuracy, `given`, or `reversed` (hard to easy).
+        stages: lists of source names that train together; default: each source is a stage.
+        merge_ties: sources closer than two standard errors share a stage.
+        difficulty: score of a pair: `sum_logps`, the paper's gamma, or `mean_logps` per token.
+        rank_limit: rank by the first N kept pairs of each source.
+        epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
+        batch_size: pairs per rank and micro-batch.
+        max_length: most tokens of prompt + completion.
+        shuffle: shuffle the pairs of a stage anew each epoch.
+        seed: of shuffling, pooling and splitting.
+        on_bad_row: `drop` and count, or `error`.
+        val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
+        tokenizer: folder or hub name; default: the model's.
+
+    Raises:
+        ConfigurationError: names, shares and numbers that don't fit together.
+    """
+
+    def __init__(
+        self,
+        sources: list[PreferenceSource],
+        partition: Literal["by_source", "pooled", "random"] = "by_source",
+        order: Literal["easy_to_hard", "given", "reversed"] = "easy_to_hard",
+        stages: list[list[str]] | None = None,
+        merge_ties: bool = False,
+        difficulty: Literal["sum_logps", "mean_logps"] = "sum_logps",
+        rank_limit: int | None = None,
+        epochs_per_stage: int | dict[str, int] = 1,
+        batch_size: int = 4,
+        max_length: int = 1024,
+        shuffle: bool = True,
+        seed: int = 0,
+        on_bad_row: Literal["drop", "error"] = "drop",
+        val_fraction: float = 0.0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sources = sources
+        self.partition_kind = partition
+        self.order = order
+        self.groups = stages or [[source.name] for source in sources]
+        self.merge_ties = merge_ties
+        self.difficulty = difficulty
+        self.rank_limit = rank_limit
+        self.epochs_per_stage = epochs_per_stage
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.on_bad_row = on_bad_row
+        self.val_fraction = val_fraction
+        self.tokenizer_name = tokenizer
+        self.reports: dict[str, SourceReport] = {}
+        self.source_order: list[str] = []
+        self._chunks: list[Chunk] | None = None
+        self._check()
+
+    def _check(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise ConfigurationError(f"`data.sources` needs one or more unique names, found {names}")
+        grouped = sorted(name for group in self.groups for name in group)
+        if grouped != sorted(names):
+            raise ConfigurationError(f"`data.stages` must name each source once: found {grouped}, sources {names}")
+        if self.batch_size < 1:
+            raise ConfigurationError(f"`data.batch_size` is {self.batch_size}, expected at least 1")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigurationError(f"`data.val_fraction` is {self.val_fraction}, expected within [0, 1)")
+        if self.rank_limit is not None and self.rank_limit < 2:
+            raise ConfigurationError(f"`data.rank_limit` is {self.rank_limit}, expected at least 2")
+        epochs = self.epochs_per_stage
+        for value in epochs.values() if isinstance(epochs, dict) else [epochs]:
+            if value < 1:
+                raise ConfigurationError(f"`data.epochs_per_stage` holds {value}, expected at least 1")
+
+    # ---- sources -> tokenised pairs
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and tokenise all sources, once. No weights are loaded before this is done."""
+        if self.reports:
+            return
+        self.tokenizer = self._load_tokenizer()
+        tokenize = PairTokenizer(self.tokenizer, self.max_length)
+        datasets = []
+        for index, source in enumerate(self.sources):
+            datasets += self._setup_source(index, source, tokenize)
+        self.store = PairStore(datasets)
+        pad = self.tokenizer.pad_token_id
+        self._collator = PreferenceCollator(pad if pad is not None else 0)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.tokenizer_name
+        if name is None:
+            assert self.trainer is not None, "`setup` runs within a Trainer"
+            name = self.trainer.lightning_module.model_name_or_path
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"no tokenizer at {name!r}; set `data.tokenizer` or `model.model_name_or_path`: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+    def _setup_source(self, index: int, source: PreferenceSource, tokenize: PairTokenizer) -> list[Dataset]:
+        loaded = load_source(source, index, on_bad_row=self.on_bad_row)
+        pairs, dropped = self._tokenize(source.name, loaded, tokenize)
+        held_out: list[Dataset] = []
+        val_ids: list[int] = []
+        if source.val_path is not None:
+            val_rows = load_source(
+                source, index, path=source.val_path, on_bad_row=self.on_bad_row, first_row=_VAL_FIRST_ROW
+            )
+            val, val_dropped = self._tokenize(source.name, val_rows, tokenize)
+            held_out, val_ids = [val], val["pair_id"][:]
+            dropped |= {f"val_{reason}": count for reason, count in val_dropped.items()}
+            train_ids = pairs["pair_id"][:]
+        else:
+            prompts = [str(ids) for ids in pairs["prompt_ids"][:]]
+            is_val = split_by_prompt(prompts, self.val_fraction, self.seed)
+            ids = pairs["pair_id"][:]
+            train_ids = [i for i, held in zip(ids, is_val, strict=True) if not held]
+            val_ids = [i for i, held in zip(ids, is_val, strict=True) if held]
+        if not train_ids:
+            raise ConfigurationError(_nothing_left(source.name, loaded, dropped))
+        report = SourceReport(source.name, len(train_ids), len(val_ids), dropped)
+        report.train_ids, report.val_ids = train_ids, val_ids
+        self.reports[source.name] = report
+        return [pairs, *held_out]
+
+    def _tokenize(
+        self, name: str, loaded: SourceRows, tokenize: PairTokenizer
+    ) -> tuple[Dataset, dict[str, int]]:
+        if loaded.conversational:
+            tokenize.check_template(name)
+        columns: dict[str, list[Any]] = {"pair_id": [], "prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+        dropped = dict(loaded.dropped)
+        for row in loaded.rows:
+            pair = tokenize(row["prompt"], row["chosen"], row["rejected"])
+            if isinstance(pair, str):
+                if self.on_bad_row == "error":
+                    number = row["pair_id"] & (_VAL_FIRST_ROW - 1)
+                    raise ConfigurationError(f"source {name!r}, row {number + 1}: {pair} (`data.on_bad_row: error`)")
+                dropped[pair] = dropped.get(pair, 0) + 1
+                continue
+            for key, value in zip(columns, (row["pair_id"], *vars(pair).values()), strict=True):
+                columns[key].append(value)
+        if not columns["pair_id"]:
+            raise ConfigurationError(_nothing_left(name, loaded, dropped))
+        count = sum(dropped.values())
+        if count:
+            level = logging.WARNING if count > 0.01 * loaded.total else logging.INFO
+            log.log(level, "source %r: %d of %d rows dropped: %s", name, count, loaded.total, _listed(dropped))
+        return Dataset.from_dict(columns), dropped
+
+    # ---- pair scores -> chunks -> stages
+
+    @property
+    def needs_ranking(self) -> bool:
+        """Whether M_0 has to score the pairs before the chunks are known."""
+        return self.order != "given" or self.merge_ties
+
+    def pair_scores(self, logps: PairLogps) -> Tensor:
+        """Score `[B]` of each pair, higher = easier; above 0 counts as right. Override to redefine difficulty."""
+        return _gamma(logps, self.difficulty)
+
+    def rank(self, m0: LogpTable | None) -> None:
+        """Decide the chunks.
+
+        Args:
+            m0: logps of M_0 for the ranked pairs; None where no order is asked for.
+        """
+        scores: dict[str, Tensor] = {}
+        for report in self.reports.values() if m0 is not None else ():
+            logps, known = m0.lookup(torch.tensor(report.train_ids[: self.rank_limit]))
+            assert bool(known.all()), "the ranking pass left pairs out"
+            scores[report.name] = self.pair_scores(logps)
+            report.reward_accuracy, report.standard_error = reward_accuracy(scores[report.name])
+            mean = reward_accuracy(_gamma(logps, "mean_logps"))
+            report.mean_logps_accuracy, report.mean_logps_standard_error = mean
+        self._chunks = self.partition(scores)
+
+    def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
+        """Cut the pairs into chunks, easiest first. Override to cut otherwise.
+
+        Args:
+            scores: source name -> `[P]` scores of its first P training pairs; empty if order is `given`.
+        """
+        groups = self._ordered_groups(scores)
+        self.source_order = [name for group in groups for name in group]
+        pair_ids = {name: report.train_ids for name, report in self.reports.items()}
+        if self.partition_kind == "pooled":
+            return chunk_pooled(pair_ids, self.seed)
+        if self.partition_kind == "random":
+            return chunks_random(groups, pair_ids, self.seed)
+        return chunks_by_source(groups, pair_ids)
+
+    def _ordered_groups(self, scores: Mapping[str, Tensor]) -> list[list[str]]:
+        groups = [list(group) for group in self.groups]
+        if not scores:
+            return groups
+        named = {"+".join(group): group for group in groups}
+        measured = {
+            name: reward_accuracy(torch.cat([scores[source] for source in group]))
+            for name, group in named.items()
+        }
+        accuracies = {name: accuracy for name, (accuracy, _) in measured.items()}
+        order = easy_to_hard(accuracies) if self.order != "given" else list(named)
+        if self.order == "reversed":
+            order.reverse()
+        _log_ties(order, measured)
+        if self.merge_ties:
+            return [[s for name in run for s in named[name]] for run in tied_groups(order, measured)]
+        return [named[name] for name in order]
+
+    def stages(self) -> list[Stage]:
+        """The plan, once `rank` or a checkpoint has decided the chunks."""
+        assert self._chunks is not None and self.trainer is not None, "the plan is read before it is made"
+        per_batch = self.batch_size * self.trainer.world_size
+        accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
+        counts = [steps_per_epoch(len(c.pair_ids), per_batch, accumulate, limit)[1] for c in self._chunks]
+        return stage_plan(self._chunks, [self._epochs(c.name) for c in self._chunks], counts)
+
+    def _epochs(self, name: str) -> int:
+        if isinstance(self.epochs_per_stage, int):
+            return self.epochs_per_stage
+        return self.epochs_per_stage.get(name, self.epochs_per_stage.get("*", 1))
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether the chunks are decided."""
+        return self._chunks is not None
+
+    # ---- loaders
+
+    def train_dataloader(self) -> StageLoader:
+        """The loader of the Trainer's current epoch."""
+        assert self.trainer is not None
+        stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
+        epoch = self.trainer.current_epoch - stage.first_epoch
+        ids = stage.pair_ids
+        if self.shuffle:
+            ids = epoch_order(ids, self.seed, stage.name, epoch)
+        batches, _ = steps_per_epoch(
+            len(ids), self.batch_size * self.trainer.world_size, 1, self.trainer.limit_train_batches
+        )
+        return self._loader(ids, self.trainer.accumulate_grad_batches, batches)
+
+    def val_dataloader(self) -> list[StageLoader]:
+        """One loader a source that has held-out pairs, in the order of `val_names`."""
+        return [self._loader(self.reports[name].val_ids) for name in self.val_names]
+
+    def test_dataloader(self) -> list[StageLoader]:
+        """The held-out pairs."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> StageLoader:
+        """Every kept pair once, training pairs of all sources first."""
+        return self._loader(self.train_ids() + self.val_ids())
+
+    def reference_ids(self, stage: Stage) -> list[int]:
+        """Ids of the stage's pairs and of all held-out pairs."""
+        return list(stage.pair_ids) + self.val_ids()
+
+    def ranking_ids(self) -> list[int]:
+        """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
+        return self.train_ids(self.rank_limit) + self.val_ids()
+
+    def batches(self, pair_ids: list[int]) -> StageLoader:
+        """Each of the pairs once, unshuffled, this rank's share."""
+        return self._loader(pair_ids)
+
+    def _loader(self, ids: list[int], accumulate: int = 1, max_batches: int | None = None) -> StageLoader:
+        assert self.trainer is not None
+        return StageLoader(
+            self.store,
+            self._collator,
+            ids,
+            self.batch_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            accumulate,
+            max_batches,
+        )
+
+    @property
+    def val_names(self) -> list[str]:
+        """Sources with held-out pairs."""
+        return [name for name, report in self.reports.items() if report.val_ids]
+
+    def train_ids(self, limit: int | None = None) -> list[int]:
+        """Training pairs, source after source, at most `limit` of each."""
+        return [i for report in self.reports.values() for i in report.train_ids[:limit]]
+
+    def val_ids(self) -> list[int]:
+        """Held-out pairs, source after source."""
+        return [i for report in self.reports.values() for i in report.val_ids]
+
+    def source_of(self, pair_id: int) -> str:
+        """Name of the source of a pair."""
+        return self.sources[pair_id >> 40].name
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decided chunks and the scores behind them, as plain values and tensors."""
+        chunks = self._chunks or []
+        scores = {
+            name: [r.reward_accuracy, r.standard_error, r.mean_logps_accuracy, r.mean_logps_standard_error]
+            for name, r in self.reports.items()
+        }
+        return {
+            "source_order": list(self.source_order),
+            "chunk_names": [chunk.name for chunk in chunks],
+            "chunk_ids": [torch.tensor(chunk.pair_ids) for chunk in chunks],
+            "scores": scores,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the chunks of a checkpoint: nothing is ranked again."""
+        names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
+        self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
+        self.source_order = list(state_dict["source_order"])
+        for name, row in state_dict["scores"].items():
+            if name in self.reports:
+                report = self.reports[name]
+                report.reward_accuracy, report.standard_error = row[:2]
+                report.mean_logps_accuracy, report.mean_logps_standard_error = row[2:]
+
+
+def _gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:
+    if difficulty == "sum_logps":
+        return logps.gamma
+    return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths
+
+
+def _log_ties(order: list[str], measured: Mapping[str, tuple[float, float]]) -> None:
+    for group in tied_groups(order, measured):
+        if len(group) > 1:
+            log.info("closer than two standard errors: %s (`data.merge_ties` trains them together)", group)
+
+
+def _listed(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+
+
+def _nothing_left(name: str, loaded: SourceRows, dropped: Mapping[str, int]) -> str:
+    return f"source {name!r}: 0 of {loaded.total} pairs left ({_listed(dropped)}); check `data.sources`"

@@ -1,0 +1,225 @@
+"""Rank 3: where reference logps come from, and how the reference advances at a stage boundary."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
+from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ReferenceInputs, ResumeError, Stage
+
+ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
+_SCHEMA = "1"
+
+
+class ReferencePolicy(ABC):
+    """The frozen side of the loss. One object a run, unregistered: no checkpoint holds its weights.
+
+    Attributes:
+        starts_at_policy: True if at the first step of a stage the reference is the policy (stepwise DPO).
+            Then the self-check compares their logps; a fixed or external reference says False.
+        tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
+    """
+
+    starts_at_policy = True
+    tolerance = 1e-6
+
+    def prepare(self, compute_logps: ComputeLogps) -> None:
+        """Bind the function that policy, reference and ranking share.
+
+        Args:
+            compute_logps: `model, batch -> PairLogps` without gradients, in the run's precision.
+        """
+        self._compute_logps = compute_logps
+
+    @abstractmethod
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Become M_{t-1}, which the policy is at this moment.
+
+        Args:
+            policy: M_{t-1}.
+            stage: stage t, about to begin; also called for t = 1.
+            inputs: the pairs whose logps will be asked for.
+        """
+
+    @abstractmethod
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        """Summed logps `[B]` of a batch, without gradients."""
+
+    @abstractmethod
+    def restore(
+        self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
+    ) -> None:
+        """Become the reference of a stage that a resumed run is in the middle of.
+
+        Args:
+            load_weights: reads M_{t-1} from its folder and verifies its digest.
+            stage: the stage to go on with.
+            inputs: as for `advance`.
+
+        Raises:
+            ResumeError: what is on the disk isn't M_{t-1}.
+        """
+
+    def digest(self) -> str | None:
+        """Digest of the weights that give the logps, or None where there are no weights."""
+        return None
+
+
+class ResidentReference(ReferencePolicy):
+    """A second, frozen copy of the model in memory: one forward a pair an epoch."""
+
+    def __init__(self) -> None:
+        self._model: CausalBackbone | None = None
+
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Copy the policy's weights; the first call makes the copy of the model."""
+        if self._model is None:
+            self._model = copy.deepcopy(policy).requires_grad_(False)
+        else:
+            copy_weights_(self._model, policy)
+        self._model.eval()
+
+    def restore(
+        self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
+    ) -> None:
+        """Reload M_{t-1} from its folder."""
+        self._model = load_weights().requires_grad_(False).eval()
+
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        """One no-grad forward."""
+        assert self._model is not None, "the reference is asked before the stage began"
+        return self._compute_logps(self._model, batch)
+
+    def digest(self) -> str | None:
+        """Digest of the frozen copy."""
+        assert self._model is not None
+        return weights_digest(self._model)
+
+
+class CachedReference(ReferencePolicy):
+    """Two floats a pair and no second model: one no-grad pass of the policy when a stage begins.
+
+    At that moment the policy is M_{t-1}. Other batch mates shift a logp in its last digits, hence the
+    wider tolerance.
+    """
+
+    tolerance = 1e-5
+
+    def __init__(self) -> None:
+        self._table: LogpTable | None = None
+
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Score the chunk and the held-out pairs, and publish them under their key."""
+        table = score_pairs(policy, inputs.batches, self._compute_logps, inputs.known)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_table(_table_path(inputs.folder, stage), table, cache_key(inputs))
+        self._table = table
+
+    def restore(
+        self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
+    ) -> None:
+        """Read the stage's file if its key fits; else compute it again from M_{t-1}."""
+        self._table = read_table(_table_path(inputs.folder, stage), cache_key(inputs))
+        if self._table is None:
+            self.advance(load_weights(), stage, inputs)
+
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        """Look the pairs up."""
+        assert self._table is not None, "the reference is asked before the stage began"
+        logps, known = self._table.lookup(batch.pair_id)
+        assert bool((known | (batch.weights == 0)).all()), "a pair without cached reference logps"
+        return logps
+
+
+def score_pairs(
+    model: CausalBackbone,
+    batches: Iterable[PreferenceBatch],
+    compute_logps: ComputeLogps,
+    known: LogpTable | None = None,
+) -> LogpTable:
+    """Logps of all pairs, in eval mode and without gradients; the ranks' shares are gathered.
+
+    Args:
+        model: what scores.
+        batches: this rank's share.
+        compute_logps: `model, batch -> PairLogps`.
+        known: pairs that need no forward.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            logps, have = known.lookup(batch.pair_id) if known else (None, None)
+            if have is None or not bool(have.all()):
+                logps = compute_logps(model, batch)
+            columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
+            real = batch.weights > 0
+            rows.append(tuple(column[real].cpu() for column in columns))
+    finally:
+        model.train(was_training)
+    ids, *columns = _gather(rows)
+    return LogpTable.build(ids, PairLogps(*columns))
+
+
+def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    if dist.is_initialized():
+        shares: list[list[tuple[Tensor, ...]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, rows)
+        rows = [row for share in shares for row in share]
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def cache_key(inputs: ReferenceInputs) -> str:
+    """sha256 over all that cached logps depend on: weights, tokenised rows in order, schema."""
+    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_table(path: Path, table: LogpTable, key: str) -> None:
+    """Write logps as safetensors that appear whole or not at all, their key in the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
+    save_file(tensors, staging, metadata={"key": key})
+    with staging.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(staging, path)
+
+
+def read_table(path: Path, key: str | None) -> LogpTable | None:
+    """Read logps; None if there is no file or it was written under another key.
+
+    Args:
+        path: a file by `write_table`.
+        key: the key it must bear; None takes any.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            if key is not None and (handle.metadata() or {}).get("key") != key:
+                return None
+            return LogpTable(**{name: handle.get_tensor(name) for name in LogpTable.__dataclass_fields__})
+    except SafetensorError as error:
+        raise ResumeError(f"{path} is damaged ({error}); delete it to have it computed again") from error
+
+
+def _table_path(folder: Path, stage: Stage) -> Path:
+    return folder / f"{stage.index:02d}.safetensors"
