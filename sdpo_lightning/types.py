@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -215,3 +215,18 @@ class ReferenceInputs:
     policy_digest: str
     folder: Path
     known: LogpTable | None = None
+
+
+@dataclass
+class StageRecord:
+    """Which stage was entered, and the weights that each one began with. Saved in checkpoints.
+
+    Attributes:
+        entered: index of the stage whose first step was prepared last; 0 before the first.
+        digests: t -> sha256 of M_t's weights.
+        folders: t -> folder of M_t, relative to the run directory; M_0 has none.
+    """
+
+    entered: int = 0
+    digests: dict[int, str] = field(default_factory=dict)
+    folders: dict[int, str] = field(default_factory=dict)

@@ -291,10 +291,48 @@ class CurriculumDataModule(pl.LightningDataModule):
             return self.epochs_per_stage
         return self.epochs_per_stage.get(name, self.epochs_per_stage.get("*", 1))
 
-    @property
-    def has_plan(self) -> bool:
-        """Whether the chunks are decided."""
-        return self._chunks is not None
+    def total_epochs(self) -> int:
+        """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
+        if self._chunks is not None:
+            return sum(self._epochs(chunk.name) for chunk in self._chunks)
+        return sum(self._epochs(name) for name in self._chunk_names())
+
+    def _chunk_names(self) -> list[str]:
+        if self.partition_kind == "pooled":
+            return ["pooled"]
+        if self.partition_kind == "random":
+            return [f"random-{index}" for index in range(1, len(self.groups) + 1)]
+        return ["+".join(group) for group in self.groups]
+
+    def shortest_epoch(self) -> int:
+        """Micro-batches a rank of the shortest chunk, before the chunks are decided: at most one too few."""
+        sizes = [sum(self.reports[name].pairs for name in group) for group in self.groups]
+        pairs = sum(sizes) if self.partition_kind == "pooled" else min(sizes)
+        assert self.trainer is not None
+        return steps_per_epoch(
+            pairs, self.batch_size * self.trainer.world_size, 1, self.trainer.limit_train_batches
+        )[0]
+
+    def curriculum(self) -> dict[str, Any]:
+        """What `curriculum.json` holds: the order, the sources and the stages."""
+        hidden = ("train_ids", "val_ids")
+        return {
+            "order": self.source_order,
+            "sources": [
+                {key: value for key, value in vars(report).items() if key not in hidden}
+                for report in self.reports.values()
+            ],
+            "stages": [
+                {
+                    "index": stage.index,
+                    "name": stage.name,
+                    "pairs": len(stage.pair_ids),
+                    "epochs": stage.epochs,
+                    "steps": stage.num_steps,
+                }
+                for stage in self.stages()
+            ],
+        }
 
     # ---- loaders
 

@@ -1,0 +1,306 @@
+"""Rank 4: the stage boundary, and the export of M_t.
+
+Order at a boundary: the last epoch of stage t-1 ends and is checkpointed -> Lightning asks for the loader of
+stage t -> on its first batch: export of M_{t-1} -> the reference advances -> fresh optimizer and schedule ->
+self-check -> first step. The swap is keyed on the saved index of the entered stage, not on an epoch hook:
+those are skipped on some resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from sdpo_lightning.backbone import save_hf, weights_digest
+from sdpo_lightning.checkpoint import restore_random_states
+from sdpo_lightning.data.curriculum import stage_of_epoch
+from sdpo_lightning.exactness import check_layout
+from sdpo_lightning.reference import read_table, score_pairs, write_table
+from sdpo_lightning.types import (
+    ConfigurationError,
+    PreferenceBatch,
+    ReferenceInputs,
+    SelfCheckError,
+    Stage,
+)
+
+log = logging.getLogger(__name__)
+
+# What Lightning sets when `max_epochs` isn't given.
+_UNSET_EPOCHS = (None, -1, 1000)
+
+
+class StageTransition(pl.Callback):
+    """Ranks the sources before stage 1 and makes the just-trained weights the new reference at each boundary."""
+
+    def should_advance(self, trainer: pl.Trainer, stage: Stage) -> bool:
+        """Whether the reference becomes M_{t-1} at the start of stage t > 1. Override to hold it back."""
+        return True
+
+    # ---- before training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Fit the Trainer to the plan. Runs after the data is checked and before any weights load.
+
+        Raises:
+            ConfigurationError: Trainer settings that would cut or mix the stages.
+        """
+        if stage != "fit":
+            return
+        trainer.reload_dataloaders_every_n_epochs = 1
+        # Before the first stage there is no reference to validate against.
+        trainer.num_sanity_val_steps = 0
+        _check_trainer(trainer)
+        if not trainer.datamodule.merge_ties:
+            self._set_epochs(trainer, self._expected_epochs(trainer))
+
+    @staticmethod
+    def _expected_epochs(trainer: pl.Trainer) -> int:
+        return trainer.datamodule.total_epochs()
+
+    @staticmethod
+    def _set_epochs(trainer: pl.Trainer, total: int) -> None:
+        given = trainer.fit_loop.max_epochs
+        if trainer.fast_dev_run:
+            return
+        if given not in (*_UNSET_EPOCHS, total):
+            raise ConfigurationError(
+                f"`trainer.max_epochs` is {given}, but the plan has {total} epochs over all stages; leave it out "
+                "and set `data.epochs_per_stage`"
+            )
+        trainer.fit_loop.max_epochs = total
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
+        check_layout(pl_module.policy)
+        data = trainer.datamodule
+        if trainer.ckpt_path is not None:
+            return
+        if data.needs_ranking:
+            log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
+            batches = data.batches(data.ranking_ids())
+            pl_module.m0_logps = score_pairs(pl_module.policy, batches, pl_module.score)
+            if trainer.is_global_zero:
+                digest = pl_module.record.digests[0]
+                write_table(_m0_path(trainer), pl_module.m0_logps, digest)
+            trainer.strategy.barrier("m0_logps")
+        data.rank(pl_module.m0_logps)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After every restore: take up the plan, and the reference of a stage that is under way."""
+        data = trainer.datamodule
+        stages = data.stages()
+        total = sum(stage.epochs for stage in stages)
+        if data.merge_ties:
+            trainer.fit_loop.max_epochs = total
+        if trainer.is_global_zero:
+            write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
+        record = pl_module.record
+        if record.entered:
+            pl_module.m0_logps = read_table(_m0_path(trainer), record.digests[0])
+            pl_module.stage = stages[record.entered - 1]
+            inputs = self._inputs(trainer, pl_module, pl_module.stage)
+            pl_module.reference.restore(
+                lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
+            )
+        if pl_module.random_states is not None:
+            restore_random_states(pl_module.random_states)
+            pl_module.random_states = None
+
+    # ---- the boundary
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        """On the first batch of a stage, enter it."""
+        stage = stage_of_epoch(trainer.datamodule.stages(), trainer.current_epoch)
+        if stage.index != pl_module.record.entered:
+            self._enter(trainer, pl_module, stage, batch)
+
+    def _enter(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: PreferenceBatch
+    ) -> None:
+        record = pl_module.record
+        assert stage.index == record.entered + 1, f"stage {stage.index} follows stage {record.entered}"
+        if stage.index > 1:
+            exporter(trainer).export(trainer, pl_module, pl_module.stage)
+        advances = stage.index == 1 or self.should_advance(trainer, stage)
+        inputs = self._inputs(trainer, pl_module, stage)
+        if advances:
+            pl_module.reference.advance(pl_module.policy, stage, inputs)
+        record.entered = stage.index
+        pl_module.stage = stage
+        if stage.index > 1:
+            pl_module.zero_grad(set_to_none=True)
+            trainer.strategy.setup_optimizers(trainer)
+        self._self_check(trainer, pl_module, stage, batch, advances)
+        log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
+
+    @staticmethod
+    def _inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> ReferenceInputs:
+        ids = trainer.datamodule.reference_ids(stage)
+        return ReferenceInputs(
+            batches=trainer.datamodule.batches(ids),
+            rows_digest=trainer.datamodule.store.digest(ids),
+            policy_digest=pl_module.record.digests[stage.index - 1],
+            folder=run_dir(trainer) / "references",
+            known=pl_module.m0_logps if stage.index == 1 else None,
+        )
+
+    def _self_check(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: Stage,
+        batch: PreferenceBatch,
+        advances: bool,
+    ) -> None:
+        """Stop a run whose policy or reference isn't M_{t-1}: by digest, then by value."""
+        problem = ""
+        expected = pl_module.record.digests[stage.index - 1]
+        if weights_digest(pl_module.policy) != expected:
+            problem = f"the policy is not M_{stage.index - 1}, whose sha is {expected[:12]}"
+        if not problem and advances and pl_module.reference.starts_at_policy:
+            found = pl_module.reference.digest()
+            if found is not None and found != expected:
+                problem = f"the reference has sha {found[:12]}, M_{stage.index - 1} has {expected[:12]}"
+            else:
+                problem = self._compare_logps(pl_module, batch)
+        stop = trainer.strategy.reduce_boolean_decision(bool(problem), all=False)
+        if stop:
+            raise SelfCheckError(
+                f"self-check at the first step of stage {stage.index} {stage.name!r}: "
+                f"{problem or 'another rank failed it'}"
+            )
+
+    @staticmethod
+    def _compare_logps(pl_module: pl.LightningModule, batch: PreferenceBatch) -> str:
+        pl_module.policy.eval()
+        policy = pl_module.score(pl_module.policy, batch)
+        pl_module.policy.train()
+        reference = pl_module.reference.logps(batch)
+        # Under autocast a cached logp depends on its batch mates.
+        cached_in_bf16 = pl_module.reference.tolerance > 1e-6 and torch.is_autocast_enabled("cpu")
+        tolerance = 1e-2 if cached_in_bf16 or not _is_fp32(pl_module) else pl_module.reference.tolerance
+        real = batch.weights > 0
+        worst = 0.0
+        for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
+            relative = (ours - theirs).abs() / ours.abs().clamp(min=1)
+            worst = max(worst, relative[real].max().item() if bool(real.any()) else 0.0)
+        if worst <= tolerance:
+            return ""
+        return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"
+
+    # ---- the end, and the other verbs
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export M_T if the plan is complete; else say where the run stopped."""
+        if trainer.fast_dev_run or pl_module.stage is None:
+            return
+        stages = trainer.datamodule.stages()
+        done = trainer.fit_loop.epoch_progress.current.processed
+        if done >= stages[-1].first_epoch + stages[-1].epochs:
+            exporter(trainer).export(trainer, pl_module, pl_module.stage)
+            return
+        stage = pl_module.stage
+        log.warning(
+            "stopped inside stage %d %r at step %d: M_%d is not exported",
+            stage.index,
+            stage.name,
+            trainer.global_step,
+            stage.index,
+        )
+
+    def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        index = max(pl_module.record.entered, 1)
+        stage = Stage(index, "evaluation", ids, 1, 1, 0)
+        inputs = ReferenceInputs(
+            batches=trainer.datamodule.batches(ids),
+            rows_digest=trainer.datamodule.store.digest(ids),
+            policy_digest=pl_module.record.digests[index - 1],
+            folder=run_dir(trainer) / "references" / "evaluation",
+        )
+        pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Outside of `fit`: load the reference that belongs to the policy's stage."""
+        self._prepare_evaluation(trainer, pl_module, trainer.datamodule.val_ids())
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the reference that belongs to the policy's stage."""
+        self._prepare_evaluation(trainer, pl_module, trainer.datamodule.val_ids())
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the reference that belongs to the policy's stage."""
+        data = trainer.datamodule
+        self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
+
+
+class StageExport(pl.Callback):
+    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`."""
+
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Write M_t, the policy at this moment, and record its digest.
+
+        Args:
+            trainer: gives the run directory.
+            pl_module: holds the policy and the record.
+            stage: the stage that has ended.
+        """
+        folder = Path("stages") / stage.folder_name
+        pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
+        pl_module.record.folders[stage.index] = str(folder)
+        if trainer.is_global_zero:
+            save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
+        trainer.strategy.barrier("export")
+        log.info("M_%d written to %s", stage.index, folder)
+
+
+def exporter(trainer: pl.Trainer) -> StageExport:
+    """The run's StageExport, or of a subclass."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, StageExport))
+
+
+def run_dir(trainer: pl.Trainer) -> Path:
+    """Where the run leaves its files."""
+    return Path(trainer.default_root_dir)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(staging, path)
+
+
+def _m0_path(trainer: pl.Trainer) -> Path:
+    return run_dir(trainer) / "references" / "m0.safetensors"
+
+
+def _is_fp32(pl_module: pl.LightningModule) -> bool:
+    return str(pl_module.trainer.precision) == "32-true"
+
+
+def _check_trainer(trainer: pl.Trainer) -> None:
+    if trainer.overfit_batches > 0:
+        raise ConfigurationError(
+            "`trainer.overfit_batches` would train every stage on the same batches; use `limit` of `data.sources`"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and trainer.datamodule.val_names and not trainer.fast_dev_run:
+        shortest = trainer.datamodule.shortest_epoch()
+        if interval > shortest and trainer.check_val_every_n_epoch is not None:
+            raise ConfigurationError(
+                f"`trainer.val_check_interval` is {interval} batches, but the shortest stage has {shortest}; "
+                f"use at most {shortest}, or a share such as 0.5"
+            )

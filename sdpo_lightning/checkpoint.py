@@ -1,0 +1,130 @@
+"""Rank 4: checkpoints that resume exactly, and the random states inside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class StageCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that defers a save due on an epoch's last batch to the epoch's end.
+
+    A save in between belongs to neither epoch: Lightning resumes from it in the middle of the next stage.
+
+    Args:
+        dirpath: default `<default_root_dir>/checkpoints`.
+        filename: as in ModelCheckpoint.
+        monitor: as in ModelCheckpoint.
+        mode: as in ModelCheckpoint.
+        save_last: also keep `last.ckpt`.
+        save_top_k: as in ModelCheckpoint; -1 keeps all.
+        every_n_train_steps: optimizer steps between saves.
+        train_time_interval: time between saves.
+        every_n_epochs: epochs between saves; the default is 1 if no other trigger is given.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        save_last: bool | None = None,
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            save_last=save_last,
+            save_top_k=save_top_k,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=train_time_interval,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+        )
+        self._deferred: list[Any] | None = None
+        self._deferred_validation = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save beside the run's other files, whatever the logger."""
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless the epoch ends here."""
+        if trainer.is_last_batch:
+            self._deferred = [outputs, batch, batch_idx]
+        else:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, unless the epoch ends here."""
+        if trainer.state.fn == "fit" and trainer.is_last_batch:
+            self._deferred_validation = True
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was due, then what is due at an epoch's end."""
+        deferred, self._deferred = self._deferred, None
+        validated, self._deferred_validation = self._deferred_validation, False
+        if deferred is not None:
+            super().on_train_batch_end(trainer, pl_module, *deferred)
+        if validated:
+            super().on_validation_end(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
+
+
+def collect_random_states() -> list[dict[str, Any]]:
+    """Random states of Python, NumPy, torch and CUDA of every rank, as plain tensors and numbers.
+
+    Returns:
+        One dictionary a rank; loadable with `weights_only=True`.
+    """
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert version == 3 and name == "MT19937"
+    mine = {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": [int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+    if not dist.is_initialized():
+        return [mine]
+    states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def restore_random_states(states: Sequence[dict[str, Any]]) -> None:
+    """Set this rank's random states; a rank that wasn't there when they were saved keeps its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank >= len(states):
+        return
+    state = states[rank]
+    random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
+    position, has_gauss, cached = state["numpy_rest"]
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

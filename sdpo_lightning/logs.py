@@ -1,0 +1,235 @@
+"""Rank 4: the log that survives a resume, the summary, and what the progress bar says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from sdpo_lightning.callbacks import run_dir, write_json
+from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.types import PreferenceBatch, Stage
+
+_STEP_COLUMNS = ("lr", "grad_norm", "pairs_seen", "tokens_per_second", "peak_memory")
+
+
+@dataclass
+class StageSummary:
+    """What one stage did; a row of `summary.json`. Losses and gamma in nats, memory in bytes."""
+
+    index: int
+    name: str
+    pairs: int
+    steps: int = 0
+    gamma_ref: float = 0.0
+    gamma_ref_pairs: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    accuracy_last: float | None = None
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+class MetricsLog(pl.Callback):
+    """`metrics.csv` (one row a logged step, kept across resumes) and `summary.json`."""
+
+    def __init__(self) -> None:
+        self.summaries: dict[int, StageSummary] = {}
+        self.pairs_seen = 0.0
+        self._step = 0
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._file: MetricsFile | None = None
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and summaries so far."""
+        return {"pairs_seen": self.pairs_seen, "summaries": [asdict(s) for s in self.summaries.values()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.pairs_seen = state_dict["pairs_seen"]
+        self.summaries = {row["index"]: StageSummary(**row) for row in state_dict["summaries"]}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the file; a resumed run drops the rows beyond its checkpoint."""
+        self._step = trainer.global_step
+        self._started = time.perf_counter()
+        pl_module.step_metrics.reset()
+        if trainer.is_global_zero:
+            path = run_dir(trainer) / "metrics.csv"
+            self._file = MetricsFile(path, _columns(trainer.datamodule.val_names), trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: PreferenceBatch,
+        batch_idx: int,
+    ) -> None:
+        """After an optimizer step: log the means over its pairs."""
+        self._tokens = self._tokens + batch.attention_mask.sum().to(self._tokens.device)
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        values = {key: value.item() for key, value in pl_module.step_metrics.compute().items()}
+        pl_module.step_metrics.reset()
+        stage = pl_module.stage
+        row = self._row(trainer, pl_module, stage, values)
+        first = self._summarise(stage, values, row)
+        logged = {key: value for key, value in row.items() if key not in ("step", "train/loss")}
+        pl_module.log_dict(logged, rank_zero_only=False)
+        pl_module.log("train/loss", row["train/loss"], prog_bar=True)
+        if self._file is not None and (first or trainer.global_step % max(1, trainer.log_every_n_steps) == 0):
+            self._file.append(row)
+
+    def _row(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, values: dict[str, float]
+    ) -> dict[str, float]:
+        self.pairs_seen += values.pop("pairs")
+        now = time.perf_counter()
+        speed = self._tokens.item() * trainer.world_size / (now - self._started)
+        self._tokens.zero_()
+        self._seconds, self._started = now - self._started, now
+        steps = (pl_module.learning_rate, pl_module.grad_norm, self.pairs_seen, speed, float(peak_memory()))
+        row: dict[str, float] = {"step": trainer.global_step, "stage/index": stage.index}
+        row |= {f"train/{key}": value for key, value in values.items()}
+        return row | {f"train/{key}": value for key, value in zip(_STEP_COLUMNS, steps, strict=True)}
+
+    def _summarise(self, stage: Stage, values: dict[str, float], row: dict[str, float]) -> bool:
+        """Add a step to its stage's summary; True on the first step of the stage."""
+        first = stage.index not in self.summaries
+        if first:
+            self.summaries[stage.index] = StageSummary(stage.index, stage.name, len(stage.pair_ids))
+            self.summaries[stage.index].loss_first = values["loss"]
+        summary = self.summaries[stage.index]
+        if summary.steps < stage.steps_per_epoch:
+            # Running mean over one pass: gamma_ref is fixed within a stage.
+            pairs = row["train/pairs_seen"] - sum(s.gamma_ref_pairs for s in self.summaries.values())
+            if summary.steps == 0:
+                self._seen_before = row["train/pairs_seen"] - self._pairs_of(row)
+            del pairs
+            count = self._pairs_of(row)
+            total = summary.gamma_ref * summary.gamma_ref_pairs + values["gamma_ref"] * count
+            summary.gamma_ref_pairs += count
+            summary.gamma_ref = total / summary.gamma_ref_pairs
+        summary.steps += 1
+        summary.loss_last = values["loss"]
+        summary.accuracy_last = values["rewards/accuracies"]
+        summary.seconds += self._seconds
+        summary.peak_memory = max(summary.peak_memory, int(row["train/peak_memory"]))
+        return first
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put held-out metrics into the row of the step that they were measured at."""
+        if self._file is not None and trainer.state.fn == "fit":
+            values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            self._file.amend(trainer.global_step, pl_module.stage.index, values)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rewrite `summary.json`."""
+        if trainer.is_global_zero:
+            rows = [asdict(summary) for summary in self.summaries.values()]
+            write_json(run_dir(trainer) / "summary.json", {"stages": rows})
+
+
+class MetricsFile:
+    """A CSV file that is flushed at every row and cut back to a step on resume.
+
+    Args:
+        path: of the file.
+        columns: header; a value under another name is dropped.
+        step: rows beyond this step are dropped; 0 begins a new file.
+    """
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        self._path = path
+        self._columns = columns
+        self._last: dict[str, Any] = {}
+        kept = []
+        if step > 0 and path.exists():
+            with path.open(newline="") as handle:
+                kept = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._lines([dict.fromkeys(columns), *kept])
+        header = ",".join(columns) + "\n"
+        path.write_text(header + text.split("\n", 1)[1])
+        if kept:
+            self._last = kept[-1]
+        self._last_offset = path.stat().st_size - len(self._lines([self._last]).encode()) if kept else None
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self._columns, extrasaction="ignore", lineterminator="\n")
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        self._last, self._last_offset = dict(row), self._path.stat().st_size
+        with self._path.open("a") as handle:
+            handle.write(self._lines([self._last]))
+
+    def amend(self, step: int, stage_index: int, values: dict[str, Any]) -> None:
+        """Add values to the last row if it is of this step, else add a row."""
+        if self._last_offset is None or int(self._last["step"]) != step:
+            self.append({"step": step, "stage/index": stage_index, **values})
+            return
+        self._last |= values
+        with self._path.open("r+") as handle:
+            handle.truncate(self._last_offset)
+            handle.seek(self._last_offset)
+            handle.write(self._lines([self._last]))
+
+
+def _columns(val_names: list[str]) -> list[str]:
+    keys = (*PreferenceMetrics.KEYS, *PreferenceMetrics.M0_KEYS)
+    train = [f"train/{key}" for key in (*keys, *_STEP_COLUMNS)]
+    return ["step", "stage/index", *train, *(f"val/{name}/{key}" for name in val_names for key in (*keys, "pairs"))]
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StageProgress(pl.Callback):
+    """Makes Lightning's progress bar say stage, source and the time left for all stages."""
+
+    def __init__(self) -> None:
+        self._began: tuple[float, int] | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the text once an optimizer step."""
+        bar = trainer.progress_bar_callback
+        if self._began is None:
+            self._began = (time.perf_counter(), trainer.global_step)
+        if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+            bar.train_progress_bar.set_description(self._text(trainer, pl_module.stage))
+
+    def _text(self, trainer: pl.Trainer, stage: Stage) -> str:
+        stages = trainer.datamodule.stages()
+        total = sum(s.num_steps for s in stages)
+        assert self._began is not None
+        began, first = self._began
+        done = trainer.global_step - first
+        left = "?" if done < 1 else _clock((time.perf_counter() - began) / done * (total - trainer.global_step))
+        return f"stage {stage.index}/{len(stages)} {stage.name}, {left} left for all stages"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

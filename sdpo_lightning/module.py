@@ -1,0 +1,288 @@
+"""Rank 5: policy + reference + one training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
+from sdpo_lightning.callbacks import StageExport, StageTransition
+from sdpo_lightning.checkpoint import StageCheckpoint, collect_random_states
+from sdpo_lightning.logs import MetricsLog, StageProgress
+from sdpo_lightning.losses import dpo_loss
+from sdpo_lightning.logprobs import pair_logps
+from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference
+from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
+from sdpo_lightning.types import (
+    ConfigurationError,
+    LogpTable,
+    PairLogps,
+    PreferenceBatch,
+    ResumeError,
+    Stage,
+    StageRecord,
+)
+
+
+class DPOLitModule(pl.LightningModule):
+    """Stepwise DPO (arXiv 2403.19270): a trainable policy and a frozen reference that follows it.
+
+    Nothing is loaded here; weights come in `configure_model`, after all data is checked.
+
+    Args:
+        model_name_or_path: S, the SFT model: a Hugging Face folder or hub name.
+        beta: inverse temperature of the implied reward.
+        label_smoothing: probability that a label is wrong (cDPO), in [0, 0.5).
+        reference: where reference logps come from; None is `ResidentReference`.
+        optimizer: made afresh at the start of every stage.
+        lr_scheduler: shape of the learning rate within a stage.
+        warmup_ratio: share of a stage's optimizer steps in linear warm-up.
+        disable_dropout: set every dropout probability of the model to 0.
+        logits_budget_mb: most MiB of fp32 logits that exist at once.
+
+    Raises:
+        ConfigurationError: a number outside its range.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        reference: ReferencePolicy | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
+        lr_scheduler: ScheduleName = "linear",
+        warmup_ratio: float = 0.1,
+        disable_dropout: bool = True,
+        logits_budget_mb: float = 256.0,
+    ) -> None:
+        super().__init__()
+        if beta <= 0:
+            raise ConfigurationError(f"`model.beta` is {beta}, expected above 0")
+        if not 0 <= label_smoothing < 0.5:
+            raise ConfigurationError(f"`model.label_smoothing` is {label_smoothing}, expected within [0, 0.5)")
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigurationError(f"`model.warmup_ratio` is {warmup_ratio}, expected within [0, 1]")
+        self.model_name_or_path = model_name_or_path
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.reference = reference if reference is not None else ResidentReference()
+        self.make_optimizer = optimizer
+        self.schedule: ScheduleName = lr_scheduler
+        self.warmup_ratio = warmup_ratio
+        self.disable_dropout = disable_dropout
+        self.logits_budget_mb = logits_budget_mb
+        self.policy: CausalBackbone | None = None
+        self.stage: Stage | None = None
+        self.record = StageRecord()
+        self.m0_logps: LogpTable | None = None
+        self.random_states: list[dict[str, Any]] | None = None
+        self.grad_norm = float("nan")
+        self.learning_rate = float("nan")
+        self.step_metrics = PreferenceMetrics()
+        self.val_metrics = nn.ModuleList()
+
+    # ---- weights
+
+    def configure_model(self) -> None:
+        """Load S, once. Also called by `validate` and the others on a module that has trained."""
+        if self.policy is None:
+            self.policy = self.load_weights(self.model_name_or_path).train()
+            self.record.digests.setdefault(0, weights_digest(self.policy))
+            self.reference.prepare(self.score)
+
+    def load_weights(self, model_name_or_path: str) -> CausalBackbone:
+        """Read a causal LM with fp32 master weights. Override to bring an own model."""
+        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
+
+    def load_reference_weights(self, run_dir: Path) -> CausalBackbone:
+        """Read M_{t-1}, the weights that the entered stage t began with, and verify them.
+
+        Raises:
+            ResumeError: the folder's digest isn't the recorded one.
+        """
+        index = max(self.record.entered - 1, 0)
+        folder = self.record.folders.get(index)
+        path = self.model_name_or_path if folder is None else str(run_dir / folder)
+        weights = self.load_weights(path)
+        found, expected = weights_digest(weights), self.record.digests[index]
+        if found != expected:
+            raise ResumeError(
+                f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
+                "restore that folder or start a new run"
+            )
+        return weights.to(self.device)
+
+    # ---- the loss
+
+    def compute_logps(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
+        """Summed logps `[B]` of a model; policy, reference and ranking all go through here. Override freely."""
+        return pair_logps(model(batch), batch)
+
+    def preference_loss(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """Losses `[B]`, unreduced. Override to change the loss."""
+        return dpo_loss(policy, reference, self.beta, self.label_smoothing)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
+        """`compute_logps` without gradients, in the precision of training."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.compute_logps(model, batch)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One micro-batch: its share of the mean loss over the pairs of the optimizer step."""
+        policy = self.compute_logps(self.policy, batch)
+        reference = self.reference.logps(batch)
+        losses = self.preference_loss(policy, reference)
+        self._update(self.step_metrics, losses, policy, reference, batch)
+        total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
+        # Lightning divides by the accumulation and DDP by the ranks; the mean is over the real pairs.
+        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.step_pairs)
+
+    def _update(
+        self,
+        metrics: PreferenceMetrics,
+        losses: Tensor,
+        policy: PairLogps,
+        reference: PairLogps,
+        batch: PreferenceBatch,
+    ) -> None:
+        m0, known = (None, None) if self.m0_logps is None else self.m0_logps.lookup(batch.pair_id)
+        metrics.update(losses, policy, reference, batch.weights, self.beta, m0, known)
+
+    # ---- optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """A fresh optimizer and schedule; called again at each stage boundary.
+
+        The schedule looks the stage up at each call: when Lightning first calls this, the plan isn't made yet.
+        """
+        optimizer = self.make_optimizer(self._trainable())
+        scheduler = LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _trainable(self) -> Iterable[nn.Parameter]:
+        assert self.policy is not None
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def _learning_rate_factor(self, step: int) -> float:
+        # Before the first stage only step 0 is asked for, which doesn't depend on the stage's length.
+        num_steps = self.stage.num_steps if self.stage is not None else 10**6
+        return learning_rate_factor(self.schedule, step, num_steps, warmup_steps(num_steps, self.warmup_ratio))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradient before it is clipped, and stop a run before a non-finite step.
+
+        Raises:
+            FloatingPointError: the gradient isn't finite; no weight has changed.
+        """
+        grads = [p.grad for p in self._trainable() if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm(grads).item()
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(
+                f"gradient norm {self.grad_norm} before optimizer step {self.trainer.global_step + 1}; "
+                "no weight was changed. Lower the learning rate or look at the pairs of this step"
+            )
+
+    # ---- held-out pairs
+
+    def _held_out_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
+        while len(self.val_metrics) <= dataloader_idx:
+            self.val_metrics.append(PreferenceMetrics().to(self.device))
+        policy = self.compute_logps(self.policy, batch)
+        reference = self.reference.logps(batch)
+        losses = self.preference_loss(policy, reference)
+        self._update(self.val_metrics[dataloader_idx], losses, policy, reference, batch)
+
+    def _log_held_out(self, prefix: str) -> None:
+        for name, metrics in zip(self.trainer.datamodule.val_names, self.val_metrics, strict=False):
+            for key, value in metrics.compute().items():
+                self.log(f"{prefix}/{name}/{key}", value.float(), rank_zero_only=False)
+            metrics.reset()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Metrics of held-out pairs of one source."""
+        self._held_out_step(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<source>/...`."""
+        self._log_held_out("val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Metrics of held-out pairs of one source."""
+        self._held_out_step(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/<source>/...`."""
+        self._log_held_out("test")
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Rows of `pair_id`, `source`, policy and reference logps (nats, summed over tokens)."""
+        policy, reference = self.score(self.policy, batch), self.reference.logps(batch)
+        rows = zip(
+            batch.pair_id.tolist(),
+            batch.weights.tolist(),
+            *(t.tolist() for side in (policy, reference) for t in (side.chosen, side.rejected)),
+            strict=True,
+        )
+        keys = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+        return [
+            {"pair_id": i, "source": self.trainer.datamodule.source_of(i), **dict(zip(keys, v, strict=True))}
+            for i, weight, *v in rows
+            if weight > 0
+        ]
+
+    # ---- stage callbacks and state
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
+        present = self.trainer.callbacks
+        makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress]
+        if self.trainer.checkpoint_callbacks:
+            # None at all: `enable_checkpointing=False` is the user's word.
+            makers.append(StageCheckpoint)
+            _refuse_plain_checkpoints(self.trainer)
+        return [make() for make in makers if not any(isinstance(c, make) for c in present)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
+        checkpoint["stage_record"] = asdict(self.record)
+        checkpoint["random_states"] = collect_random_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the stage record over, and refuse another S.
+
+        Raises:
+            ResumeError: the checkpoint is of another S.
+        """
+        record = StageRecord(**checkpoint["stage_record"])
+        if self.record.digests and self.record.digests[0] != record.digests[0]:
+            raise ResumeError(
+                f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
+                f"with {record.digests[0][:12]}"
+            )
+        self.record = record
+        self.random_states = checkpoint["random_states"]
+
+
+def _refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        plain = type(callback) is ModelCheckpoint
+        default = plain and callback.monitor is None and callback.dirpath is None and callback.every_n_epochs == 1
+        if plain and not default:
+            raise ConfigurationError(
+                "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "
+                "use sdpo_lightning.StageCheckpoint with the same arguments in `trainer.callbacks`"
+            )
