@@ -8,20 +8,18 @@ those are skipped on some resumes.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sdpo_lightning.backbone import save_hf, weights_digest
-from sdpo_lightning.checkpoint import restore_random_states
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import check_layout
+from sdpo_lightning.files import write_json
+from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.reference import read_table, score_pairs, write_table
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -273,14 +271,6 @@ def exporter(trainer: pl.Trainer) -> StageExport:
 def run_dir(trainer: pl.Trainer) -> Path:
     """Where the run leaves its files."""
     return Path(trainer.default_root_dir)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(staging, path)
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

@@ -1,17 +1,12 @@
-"""Rank 4: checkpoints that resume exactly, and the random states inside them."""
+"""Rank 4: checkpoints that resume exactly."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -90,41 +85,3 @@ class StageCheckpoint(ModelCheckpoint):
         if validated:
             super().on_validation_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
-
-
-def collect_random_states() -> list[dict[str, Any]]:
-    """Random states of Python, NumPy, torch and CUDA of every rank, as plain tensors and numbers.
-
-    Returns:
-        One dictionary a rank; loadable with `weights_only=True`.
-    """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    assert version == 3 and name == "MT19937"
-    mine = {
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python_gauss": gauss,
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_rest": [int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
-    if not dist.is_initialized():
-        return [mine]
-    states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(states, mine)
-    return states
-
-
-def restore_random_states(states: Sequence[dict[str, Any]]) -> None:
-    """Set this rank's random states; a rank that wasn't there when they were saved keeps its own."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank >= len(states):
-        return
-    state = states[rank]
-    random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
-    position, has_gauss, cached = state["numpy_rest"]
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import resource
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from sdpo_lightning.callbacks import run_dir, write_json
+from sdpo_lightning.files import MetricsFile, write_json
 from sdpo_lightning.metrics import PreferenceMetrics
 from sdpo_lightning.types import PreferenceBatch, Stage
 
@@ -64,7 +62,7 @@ class MetricsLog(pl.Callback):
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
         if trainer.is_global_zero:
-            path = run_dir(trainer) / "metrics.csv"
+            path = Path(trainer.default_root_dir) / "metrics.csv"
             self._file = MetricsFile(path, _columns(trainer.datamodule.val_names), trainer.global_step)
 
     def on_train_batch_end(
@@ -83,8 +81,10 @@ class MetricsLog(pl.Callback):
         values = {key: value.item() for key, value in pl_module.step_metrics.compute().items()}
         pl_module.step_metrics.reset()
         stage = pl_module.stage
+        pairs = values.pop("pairs")
+        self.pairs_seen += pairs
         row = self._row(trainer, pl_module, stage, values)
-        first = self._summarise(stage, values, row)
+        first = self._summarise(stage, pairs, values, row["train/peak_memory"])
         logged = {key: value for key, value in row.items() if key not in ("step", "train/loss")}
         pl_module.log_dict(logged, rank_zero_only=False)
         pl_module.log("train/loss", row["train/loss"], prog_bar=True)
@@ -94,7 +94,6 @@ class MetricsLog(pl.Callback):
     def _row(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, values: dict[str, float]
     ) -> dict[str, float]:
-        self.pairs_seen += values.pop("pairs")
         now = time.perf_counter()
         speed = self._tokens.item() * trainer.world_size / (now - self._started)
         self._tokens.zero_()
@@ -104,7 +103,7 @@ class MetricsLog(pl.Callback):
         row |= {f"train/{key}": value for key, value in values.items()}
         return row | {f"train/{key}": value for key, value in zip(_STEP_COLUMNS, steps, strict=True)}
 
-    def _summarise(self, stage: Stage, values: dict[str, float], row: dict[str, float]) -> bool:
+    def _summarise(self, stage: Stage, pairs: float, values: dict[str, float], memory: float) -> bool:
         """Add a step to its stage's summary; True on the first step of the stage."""
         first = stage.index not in self.summaries
         if first:
@@ -112,20 +111,15 @@ class MetricsLog(pl.Callback):
             self.summaries[stage.index].loss_first = values["loss"]
         summary = self.summaries[stage.index]
         if summary.steps < stage.steps_per_epoch:
-            # Running mean over one pass: gamma_ref is fixed within a stage.
-            pairs = row["train/pairs_seen"] - sum(s.gamma_ref_pairs for s in self.summaries.values())
-            if summary.steps == 0:
-                self._seen_before = row["train/pairs_seen"] - self._pairs_of(row)
-            del pairs
-            count = self._pairs_of(row)
-            total = summary.gamma_ref * summary.gamma_ref_pairs + values["gamma_ref"] * count
-            summary.gamma_ref_pairs += count
+            # Mean over one pass: gamma_ref is fixed within a stage.
+            total = summary.gamma_ref * summary.gamma_ref_pairs + values["gamma_ref"] * pairs
+            summary.gamma_ref_pairs += pairs
             summary.gamma_ref = total / summary.gamma_ref_pairs
         summary.steps += 1
         summary.loss_last = values["loss"]
         summary.accuracy_last = values["rewards/accuracies"]
         summary.seconds += self._seconds
-        summary.peak_memory = max(summary.peak_memory, int(row["train/peak_memory"]))
+        summary.peak_memory = max(summary.peak_memory, int(memory))
         return first
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,56 +132,7 @@ class MetricsLog(pl.Callback):
         """Rewrite `summary.json`."""
         if trainer.is_global_zero:
             rows = [asdict(summary) for summary in self.summaries.values()]
-            write_json(run_dir(trainer) / "summary.json", {"stages": rows})
-
-
-class MetricsFile:
-    """A CSV file that is flushed at every row and cut back to a step on resume.
-
-    Args:
-        path: of the file.
-        columns: header; a value under another name is dropped.
-        step: rows beyond this step are dropped; 0 begins a new file.
-    """
-
-    def __init__(self, path: Path, columns: list[str], step: int) -> None:
-        self._path = path
-        self._columns = columns
-        self._last: dict[str, Any] = {}
-        kept = []
-        if step > 0 and path.exists():
-            with path.open(newline="") as handle:
-                kept = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = self._lines([dict.fromkeys(columns), *kept])
-        header = ",".join(columns) + "\n"
-        path.write_text(header + text.split("\n", 1)[1])
-        if kept:
-            self._last = kept[-1]
-        self._last_offset = path.stat().st_size - len(self._lines([self._last]).encode()) if kept else None
-
-    def _lines(self, rows: list[dict[str, Any]]) -> str:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self._columns, extrasaction="ignore", lineterminator="\n")
-        writer.writerows(rows)
-        return buffer.getvalue()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add one row."""
-        self._last, self._last_offset = dict(row), self._path.stat().st_size
-        with self._path.open("a") as handle:
-            handle.write(self._lines([self._last]))
-
-    def amend(self, step: int, stage_index: int, values: dict[str, Any]) -> None:
-        """Add values to the last row if it is of this step, else add a row."""
-        if self._last_offset is None or int(self._last["step"]) != step:
-            self.append({"step": step, "stage/index": stage_index, **values})
-            return
-        self._last |= values
-        with self._path.open("r+") as handle:
-            handle.truncate(self._last_offset)
-            handle.seek(self._last_offset)
-            handle.write(self._lines([self._last]))
+            write_json(Path(trainer.default_root_dir) / "summary.json", {"stages": rows})
 
 
 def _columns(val_names: list[str]) -> list[str]:

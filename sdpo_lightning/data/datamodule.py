@@ -119,6 +119,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
+        self._ranking_requested = False
         self._check()
 
     def _check(self) -> None:
@@ -223,7 +224,11 @@ class CurriculumDataModule(pl.LightningDataModule):
     @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.order != "given" or self.merge_ties
+        return self.order != "given" or self.merge_ties or self._ranking_requested
+
+    def request_ranking(self) -> None:
+        """Have the sources scored even where the order doesn't depend on it."""
+        self._ranking_requested = True
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
         """Score `[B]` of each pair, higher = easier; above 0 counts as right. Override to redefine difficulty."""

@@ -1,0 +1,210 @@
+"""Rank 6: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
+
+Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
+a cache is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.files import write_json
+from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
+
+
+class CurriculumTrainer(pl.Trainer):
+    """The Trainer with the verb `rank`, and predictions that are kept."""
+
+    def rank(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> dict[str, Any]:
+        """Score the sources by M_0 and print the order, without training.
+
+        Args:
+            model: gives M_0 and `compute_logps`.
+            datamodule: the sources.
+
+        Returns:
+            What `curriculum.json` holds.
+        """
+        assert isinstance(datamodule, CurriculumDataModule)
+        datamodule.request_ranking()
+        limit, self.limit_train_batches = self.limit_train_batches, 0
+        self.fit(model, datamodule=datamodule)
+        self.limit_train_batches = limit
+        curriculum = datamodule.curriculum()
+        if self.is_global_zero:
+            write_json(Path(self.default_root_dir) / "curriculum.json", curriculum)
+            print(ranking_table(curriculum))
+        return curriculum
+
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Run inference on your data, and write `predictions.csv` into the run directory.
+
+        Args:
+            model: as in Lightning.
+            dataloaders: as in Lightning.
+            datamodule: as in Lightning.
+            return_predictions: as in Lightning.
+            ckpt_path: as in Lightning.
+            weights_only: as in Lightning.
+        """
+        predictions = super().predict(
+            model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
+        )
+        rows = [row for batch in predictions or [] for row in batch]
+        if rows:
+            name = "predictions.csv" if self.world_size == 1 else f"predictions-{self.global_rank}.csv"
+            folder = Path(self.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("w", newline="") as handle:
+                writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        return predictions
+
+
+def ranking_table(curriculum: dict[str, Any]) -> str:
+    """The sources in training order with their scores, as text."""
+    by_name = {source["name"]: source for source in curriculum["sources"]}
+    lines = [f"{'source':24} {'pairs':>7} {'accuracy of M_0 (se)':>22} {'by mean logps (se)':>20}"]
+    for name in curriculum["order"]:
+        row = by_name[name]
+        scores = [
+            "-" if row[key] is None else f"{row[key]:.3f} ({row[error]:.3f})"
+            for key, error in (
+                ("reward_accuracy", "standard_error"),
+                ("mean_logps_accuracy", "mean_logps_standard_error"),
+            )
+        ]
+        lines.append(f"{name:24} {row['pairs']:7} {scores[0]:>22} {scores[1]:>20}")
+    return "\n".join(lines)
+
+
+class ConfigAfterChecks(SaveConfigCallback):
+    """Writes `config.yaml` when training begins: a refused run leaves no file behind."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it."""
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = str(folder / "config.yaml")
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class OneLineParser(LightningArgumentParser):
+    """An argument parser whose errors are one line without usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of exiting.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        raise ConfigurationError(" ".join(lines))
+
+
+class CurriculumCLI(LightningCLI):
+    """`LightningCLI` for stepwise DPO. Another project gives its own classes: `CurriculumCLI(MyModule)`.
+
+    Args:
+        model_class: the module, or a subclass.
+        datamodule_class: the data module, or a subclass.
+        args: the words after the program's name; default `sys.argv[1:]`.
+        subclass_mode: take `model.class_path` and `data.class_path` instead of fixed classes.
+    """
+
+    def __init__(
+        self,
+        model_class: type[DPOLitModule] = DPOLitModule,
+        datamodule_class: type[CurriculumDataModule] = CurriculumDataModule,
+        args: Sequence[str] | None = None,
+        subclass_mode: bool = False,
+    ) -> None:
+        super().__init__(
+            model_class,
+            datamodule_class,
+            save_config_callback=ConfigAfterChecks,
+            trainer_class=CurriculumTrainer,
+            trainer_defaults={"log_every_n_steps": 1, "max_epochs": -1, "logger": False},
+            seed_everything_default=0,
+            parser_class=OneLineParser,
+            subclass_mode_model=subclass_mode,
+            subclass_mode_data=subclass_mode,
+            args=None if args is None else list(args),
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and `rank`."""
+        return LightningCLI.subcommands() | {"rank": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        """Ask for a run directory.
+
+        Raises:
+            ConfigurationError: none is given.
+        """
+        if self.config[self.subcommand].trainer.default_root_dir is None:
+            raise ConfigurationError("`trainer.default_root_dir` is missing: the folder for all that the run leaves")
+
+
+def main(
+    args: Sequence[str] | None = None,
+    model_class: type[DPOLitModule] = DPOLitModule,
+    datamodule_class: type[CurriculumDataModule] = CurriculumDataModule,
+) -> None:
+    """The command `sdpo-lightning`, and the three lines of another project's own.
+
+    Args:
+        args: the words after the program's name; default `sys.argv[1:]`.
+        model_class: the module, or a subclass.
+        datamodule_class: the data module, or a subclass.
+
+    Raises:
+        SystemExit: with the exit codes above, other than 0.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        if words[:1] == ["demo"]:
+            # Only here: the demo runs this very command line.
+            from sdpo_lightning.demo import run_demo
+
+            run_demo(words[1:])
+        else:
+            CurriculumCLI(model_class, datamodule_class, words)
+    except ConfigurationError as error:
+        _stop(error, 2)
+    except ResumeError as error:
+        _stop(error, 3)
+    except (SelfCheckError, FloatingPointError) as error:
+        _stop(error, 1)
+
+
+def _stop(error: Exception, code: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code)

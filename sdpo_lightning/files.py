@@ -1,0 +1,67 @@
+"""Rank 1: files that appear whole or not at all, and the CSV file that is cut back on resume."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(staging, path)
+
+
+class MetricsFile:
+    """A CSV file that is flushed at every row and cut back to a step on resume.
+
+    Args:
+        path: of the file.
+        columns: header; a value under another name is dropped.
+        step: rows beyond this step are dropped; 0 begins a new file.
+    """
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        self._path = path
+        self._columns = columns
+        self._last: dict[str, Any] = {}
+        kept = []
+        if step > 0 and path.exists():
+            with path.open(newline="") as handle:
+                kept = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._lines([dict.fromkeys(columns), *kept])
+        header = ",".join(columns) + "\n"
+        path.write_text(header + text.split("\n", 1)[1])
+        if kept:
+            self._last = kept[-1]
+        self._last_offset = path.stat().st_size - len(self._lines([self._last]).encode()) if kept else None
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, self._columns, extrasaction="ignore", lineterminator="\n")
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one row."""
+        self._last, self._last_offset = dict(row), self._path.stat().st_size
+        with self._path.open("a") as handle:
+            handle.write(self._lines([self._last]))
+
+    def amend(self, step: int, stage_index: int, values: dict[str, Any]) -> None:
+        """Add values to the last row if it is of this step, else add a row."""
+        if self._last_offset is None or int(self._last["step"]) != step:
+            self.append({"step": step, "stage/index": stage_index, **values})
+            return
+        self._last |= values
+        with self._path.open("r+") as handle:
+            handle.truncate(self._last_offset)
+            handle.seek(self._last_offset)
+            handle.write(self._lines([self._last]))
