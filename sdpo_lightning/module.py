@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageExport, StageTransition
-from sdpo_lightning.checkpoint import StageCheckpoint, collect_random_states
+from sdpo_lightning.checkpoint import StageCheckpoint
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
 from sdpo_lightning.types import (

@@ -1,0 +1,74 @@
+"""Short runs that many tests start."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from safetensors.torch import load_file
+
+from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference
+
+
+def adamw(lr: float = 1e-3, weight_decay: float = 0.1):
+    return lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+
+
+def fit(
+    run_dir: Path,
+    model_dir: Path | str,
+    sources: list[PreferenceSource],
+    ckpt_path: Path | None = None,
+    reference=None,
+    callbacks=(),
+    module_class=DPOLitModule,
+    data_class=CurriculumDataModule,
+    module_args: dict | None = None,
+    trainer_args: dict | None = None,
+    **data_args,
+) -> tuple[pl.Trainer, DPOLitModule]:
+    """One `fit`, as a plain Trainer does it; returns trainer and module."""
+    module_args = {"optimizer": adamw(), "warmup_ratio": 0.2} | (module_args or {})
+    data_args = {"order": "given", "batch_size": 2, "max_length": 64} | data_args
+    trainer_args = {"log_every_n_steps": 1, "logger": False, "accelerator": "cpu"} | (trainer_args or {})
+    pl.seed_everything(0)
+    module = module_class(str(model_dir), reference=reference or ResidentReference(), **module_args)
+    trainer = pl.Trainer(
+        default_root_dir=run_dir, callbacks=list(callbacks), enable_progress_bar=False, **trainer_args
+    )
+    trainer.fit(module, data_class(sources, **data_args), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    """Bitwise equality of two Hugging Face folders."""
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def metrics(run_dir: Path) -> list[dict[str, str]]:
+    """Rows of `metrics.csv`."""
+    with (run_dir / "metrics.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Loss of every optimizer step."""
+    return [float(row["train/loss"]) for row in metrics(run_dir)]
+
+
+MEASURED = ("train/tokens_per_second", "train/peak_memory")
+
+
+def reproducible(run_dir: Path) -> list[dict[str, str]]:
+    """Rows of `metrics.csv` without the columns that a clock or the machine decides."""
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in metrics(run_dir)]
