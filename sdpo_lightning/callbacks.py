@@ -200,14 +200,14 @@ class StageTransition(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export M_T if the plan is complete; else say where the run stopped."""
-        if trainer.fast_dev_run or pl_module.stage is None:
+        if trainer.fast_dev_run:
             return
         stages = trainer.datamodule.stages()
         done = trainer.fit_loop.epoch_progress.current.processed
         if done >= stages[-1].first_epoch + stages[-1].epochs:
             exporter(trainer).export(trainer, pl_module, pl_module.stage)
             return
-        stage = pl_module.stage
+        stage = pl_module.stage or stages[0]
         log.warning(
             "stopped inside stage %d %r at step %d: M_%d is not exported",
             stage.index,

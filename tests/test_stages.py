@@ -2,9 +2,13 @@
 
 import json
 import math
+from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from helpers import make_rows, write_jsonl
+from lightning.pytorch.callbacks import timer
 from runs import assert_same_weights, fit, losses, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,8 +89,6 @@ def test_self_check_stops_a_stale_reference(tmp_path, tiny_model_dir, sources, r
 
 
 def _shipped_optimizer(params):
-    import torch
-
     return torch.optim.AdamW(params, lr=5e-7, weight_decay=0.0)
 
 
@@ -131,24 +133,40 @@ def test_what_a_run_leaves(tmp_path, tiny_model_dir, sources):
     assert list((tmp_path / "checkpoints").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("stop", ["max_steps", "max_time"])
-def test_a_stop_inside_a_stage_exports_nothing_for_it(tmp_path, tiny_model_dir, sources, stop, caplog):
-    arguments = {"max_steps": {"max_steps": 6}, "max_time": {"max_time": {"seconds": 0}}}[stop]
-    fit(tmp_path, tiny_model_dir, sources, trainer_args=arguments)
-    exported = sorted(path.name for path in (tmp_path / "stages").glob("*"))
+class StopsAtSix(pl.Callback):
+    """Stops at optimizer step 6, as EarlyStopping does."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 6
+
+
+class JumpsAtSix(pl.Callback):
+    """Lets an hour pass at optimizer step 6."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 6:
+            real = timer.time.monotonic
+            self.patch = mock.patch.object(timer.time, "monotonic", lambda: real() + 3600)
+            self.patch.start()
+
+    def on_train_end(self, *_):
+        self.patch.stop()
+
+
+@pytest.mark.parametrize(
+    "callbacks, arguments",
+    [
+        ([], {"max_steps": 6}),
+        ([JumpsAtSix()], {"max_time": {"minutes": 50}}),
+        ([StopsAtSix()], {}),
+    ],
+    ids=["max_steps", "max_time", "early_stopping"],
+)
+def test_a_stop_inside_a_stage_exports_nothing_for_it(
+    tmp_path, tiny_model_dir, sources, callbacks, arguments, caplog
+):
+    trainer, _ = fit(tmp_path, tiny_model_dir, sources, callbacks=callbacks, trainer_args=arguments)
     # Stage 1 has 4 steps, so step 6 lies in stage 2.
-    assert exported == {"max_steps": ["01-a"], "max_time": []}[stop]
-    expected = {"max_steps": "inside stage 2 'b' at step 6", "max_time": "inside stage 1 'a'"}[stop]
-    assert expected in caplog.text
-
-
-def test_early_stopping_inside_a_stage_exports_nothing_for_it(tmp_path, tiny_model_dir, sources, caplog):
-    import lightning.pytorch as pl
-
-    class StopsAtSix(pl.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step >= 6
-
-    fit(tmp_path, tiny_model_dir, sources, callbacks=[StopsAtSix()])
+    assert 6 <= trainer.global_step <= 7
     assert sorted(path.name for path in (tmp_path / "stages").glob("*")) == ["01-a"]
-    assert "inside stage 2 'b' at step 6" in caplog.text
+    assert f"inside stage 2 'b' at step {trainer.global_step}" in caplog.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -133,20 +134,21 @@ def load_source(
             kept.append((source_index << 40 | (first_row + row), pair))
     dropped = {reason: len(numbers) for reason, numbers in places.items()}
     examples = {reason: [f"{origin.path}:{n}" for n in numbers[:3]] for reason, numbers in places.items()}
-    _report(origin, dropped, examples, len(records))
+    _report(origin, {reason: (len(numbers), numbers[0]) for reason, numbers in places.items()}, len(records))
     return SourceRows(_dataset(kept), dropped, examples, len(records), not isinstance(kept[0][1][0], str))
 
 
-def _report(origin: _Origin, dropped: dict[str, int], examples: dict[str, list[str]], total: int) -> None:
-    """Refuse a source without rows, log dropped ones."""
-    text = ", ".join(f"{count} {reason} (first {examples[reason][0]})" for reason, count in dropped.items())
-    name, count = origin.source.name, sum(dropped.values())
+def _report(origin: _Origin, dropped: dict[str, tuple[int, int]], total: int) -> None:
+    """Log the dropped rows (reason -> how many, first place), refuse a source that has no others."""
+    text = ", ".join(f"{count} {reason} (first at {place})" for reason, (count, place) in dropped.items())
+    name, count = origin.source.name, sum(count for count, _ in dropped.values())
     if count == total:
         keys = f"{origin.setting(origin.key)} or {origin.setting('columns')}"
-        raise ConfigurationError(f"source {name!r}: 0 of {total} rows left: {text}; change {keys}")
+        found = f"source {name!r}: 0 of {total} rows left of {origin.path!r}: {text}"
+        raise ConfigurationError(f"{found}; change {keys}")
     if count:
         level = logging.WARNING if count > 0.01 * total else logging.INFO
-        log.log(level, "source %r: %d of %d rows dropped: %s", name, count, total, text)
+        log.log(level, "source %r: %d of %d rows of %r dropped: %s", name, count, total, origin.path, text)
 
 
 def _dataset(kept: list[tuple[int, Pair]]) -> datasets.Dataset:
@@ -179,7 +181,7 @@ class _Origin:
 
 def _read(origin: _Origin, wanted: set[str]) -> tuple[list[Record], list[str]]:
     """The wanted columns of the first rows, and the names of all columns."""
-    path = Path(origin.path).expanduser()
+    path = Path(os.path.expanduser(origin.path))  # unlike Path.expanduser, leaves an unknown ~user alone
     lower = path.name.lower()
     if path.is_dir():
         return _read_dataset(origin, path, wanted)
@@ -188,7 +190,7 @@ def _read(origin: _Origin, wanted: set[str]) -> tuple[list[Record], list[str]]:
             raise origin.error("not found", f"expected {_KINDS}")
         return _read_dataset(origin, None, wanted)
     if not lower.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        hint = " with one JSON object a line, not an array" if ".json" in lower else ""
+        hint = ", with one JSON object a line in JSONL" if ".json" in lower else ""
         raise origin.error(f"is a file of unknown kind {path.suffix!r}", f"expected {_KINDS}{hint}")
     try:
         with path.open("rb") as file:
@@ -259,8 +261,9 @@ def _read_dataset(origin: _Origin, folder: Path | None, wanted: set[str]) -> tup
             raise origin.error(f"has no split {split!r}", f"expected one of {list(loaded)}", key="split")
         loaded = loaded[split]
     found = list(loaded.column_names)
-    rows = loaded.select(range(min(len(loaded), origin.source.limit or len(loaded))))
-    return list(enumerate(rows.select_columns([name for name in found if name in wanted]), start=1)), found
+    rows = loaded.with_format(None).select(range(min(len(loaded), origin.source.limit or len(loaded))))
+    names = [name for name in found if name in wanted] or found  # without columns it would have no rows
+    return list(enumerate(rows.select_columns(names), start=1)), found
 
 
 def _check_columns(origin: _Origin, columns: dict[str, str], found: list[str]) -> bool:

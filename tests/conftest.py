@@ -1,0 +1,74 @@
+"""Fixtures: the shared folder, a tiny tokenizer, a tiny model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import WORDS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+TEMPLATE = (
+    "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<start> assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and the small model."""
+    root = Path(__file__).resolve().parent.parent
+    folder = Path(os.environ.get("SDPO_SHARED", root / ".." / "shared")).resolve()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared folder at {folder}; set SDPO_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w59, roles and special tokens; pad and eos differ."""
+    words = ["<pad>", "<eos>", "<unk>", "<start>", "user", "assistant", "system", *WORDS]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start>"],
+    )
+    wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A seeded random Llama with untied embeddings and its tokenizer, fp32."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
