@@ -55,6 +55,8 @@ class StageTransition(pl.Callback):
         trainer.reload_dataloaders_every_n_epochs = 1
         # Before the first stage there is no reference to validate against.
         trainer.num_sanity_val_steps = 0
+        if not trainer.datamodule.val_names:
+            trainer.limit_val_batches = 0
         _check_trainer(trainer)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, self._expected_epochs(trainer))

@@ -196,7 +196,7 @@ def main(
 
             run_demo(words[1:])
         else:
-            CurriculumCLI(model_class, datamodule_class, words)
+            CurriculumCLI(model_class, datamodule_class, args)
     except ConfigurationError as error:
         _stop(error, 2)
     except ResumeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from sdpo_lightning.files import MetricsFile, write_json
 from sdpo_lightning.metrics import PreferenceMetrics
@@ -161,8 +161,11 @@ class StageProgress(pl.Callback):
         bar = trainer.progress_bar_callback
         if self._began is None:
             self._began = (time.perf_counter(), trainer.global_step)
+        text = self._text(trainer, pl_module.stage)
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-            bar.train_progress_bar.set_description(self._text(trainer, pl_module.stage))
+            bar.train_progress_bar.set_description(text)
+        elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+            bar.progress.update(bar.train_progress_bar_id, description=text)
 
     def _text(self, trainer: pl.Trainer, stage: Stage) -> str:
         stages = trainer.datamodule.stages()

@@ -173,7 +173,7 @@ def test_what_looks_like_a_local_path_never_goes_to_the_hub(
         ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-LFS"),
         ("plain.jsonl.gz", b'{"prompt": "a"}\n', "BadGzipFile"),
         ("cut.jsonl.gz", gzip.compress(bytes(range(256)) * 9)[:-40], "can't be read"),
-        ("damaged.jsonl.gz", gzip.compress(b"{}\n" * 9)[:12] + b"\xff" * 30, "can't be read"),
+        ("damaged.jsonl.gz", gzip.compress(b"{}\n")[:10] + b"\xff" * 30, "can't be read (error: Error -3"),
         ("broken.parquet", b"PAR1 and no more", "can't be read"),
         ("array.json", b"[]", "one JSON object a line"),
         ("table.csv", b"prompt,chosen\n", "unknown kind '.csv'"),
@@ -331,6 +331,7 @@ def test_dialogues_without_a_prompt_are_cut_before_an_assistant_turn(tmp_path: P
         {"chosen": [*start, *yes], "rejected": [*start[:2], user("e"), *no]},
         {"chosen": [user("a"), *yes], "rejected": [user("b"), *no]},
         {"chosen": yes, "rejected": no},
+        {"chosen": [user("a"), *yes], "rejected": [user("a"), user("b"), *no]},
         {"chosen": start + yes, "rejected": start + yes},
         {"chosen": [], "rejected": start + yes},
     )
@@ -342,7 +343,7 @@ def test_dialogues_without_a_prompt_are_cut_before_an_assistant_turn(tmp_path: P
             "rejected": [assistant("b"), user("e"), *no],
         },
     ]
-    assert loaded.dropped == {"no_shared_prompt": 3, "identical": 1}
+    assert loaded.dropped == {"no_shared_prompt": 4, "identical": 1}
 
 
 def test_other_column_names(tmp_path: Path) -> None:
@@ -466,6 +467,10 @@ def test_a_source_without_rows_is_refused_by_reason(tmp_path: Path) -> None:
     message = refusal(write_jsonl(tmp_path / "a.jsonl", rows))
     assert "0 of 4 rows left" in message
     assert "3 empty_chosen (first at 1), 1 identical (first at 4)" in message
+
+
+def test_a_file_without_objects_is_refused_by_reason_not_for_its_columns(tmp_path: Path) -> None:
+    assert "2 not_an_object" in refusal(write_jsonl(tmp_path / "a.jsonl", [[string_row(0)], 1]))
 
 
 @pytest.mark.parametrize(("rows", "level"), [(100, logging.INFO), (99, logging.WARNING)])

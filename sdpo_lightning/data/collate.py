@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
@@ -73,11 +74,15 @@ class PairTokenizer:
         return any(special in part for part in parts for special in self.special_texts)
 
     def _string_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     def _template_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
         )
         return list(ids)
 
@@ -97,7 +102,7 @@ def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected
 
     Returns:
         The ids, or a reason: `prompt_too_long` (the prompt alone reaches `max_length`), `empty_completion`
-        (nothing left to score), `identical` (equal ids, also after truncation only), `special_token_in_text`
+        (nothing left to score), `refused_by_template` (roles that the chat template doesn't take), `identical` (equal ids, also after truncation only), `special_token_in_text`
         (the literal text of a control token in an answer would end it).
     """
     if isinstance(prompt, str):
@@ -109,8 +114,11 @@ def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected
     else:
         if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected)):
             return "special_token_in_text"
-        prompt_ids = tokenizer._template_ids(prompt, True)
-        sides = [tokenizer._template_ids(prompt + side, False) for side in (chosen, rejected)]
+        try:
+            prompt_ids = tokenizer._template_ids(prompt, True)
+            sides = [tokenizer._template_ids(prompt + side, False) for side in (chosen, rejected)]
+        except TemplateError:
+            return "refused_by_template"
     boundary = min(_common_prefix(prompt_ids, side) for side in sides)
     return _truncate(sides, boundary, tokenizer.max_length)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sdpo_lightning.types import Chunk, ConfigurationError, Stage
+
+log = logging.getLogger(__name__)
 
 
 def reward_accuracy(scores: Tensor) -> tuple[float, float]:
@@ -57,6 +61,38 @@ def tied_groups(order: Sequence[str], scores: Mapping[str, tuple[float, float]])
                 continue
         groups.append([name])
     return groups
+
+
+def order_groups(
+    groups: Sequence[Sequence[str]],
+    scores: Mapping[str, Tensor],
+    order: Literal["easy_to_hard", "given", "reversed"],
+    merge_ties: bool,
+) -> list[list[str]]:
+    """The groups of sources in training order.
+
+    Args:
+        groups: source names that train together.
+        scores: source name -> `[P]` pair scores; empty if nothing was ranked, and then the order is as given.
+        order: by accuracy of a whole group, as given, or hard to easy.
+        merge_ties: join neighbours closer than two standard errors.
+    """
+    named = {"+".join(group): list(group) for group in groups}
+    if not scores:
+        return list(named.values())
+    measured = {name: reward_accuracy(torch.cat([scores[s] for s in group])) for name, group in named.items()}
+    names = list(named)
+    if order != "given":
+        names = easy_to_hard({name: accuracy for name, (accuracy, _) in measured.items()})
+    if order == "reversed":
+        names.reverse()
+    runs = tied_groups(names, measured)
+    for run in runs:
+        if len(run) > 1 and not merge_ties:
+            log.info("closer than two standard errors: %s (`data.merge_ties` trains them together)", run)
+    if not merge_ties:
+        runs = [[name] for name in names]
+    return [[source for name in run for source in named[name]] for run in runs]
 
 
 def chunks_by_source(groups: Sequence[Sequence[str]], pair_ids: Mapping[str, Sequence[int]]) -> list[Chunk]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,39 +21,18 @@ from sdpo_lightning.data.curriculum import (
     chunk_pooled,
     chunks_by_source,
     chunks_random,
-    easy_to_hard,
+    order_groups,
     reward_accuracy,
-    split_by_prompt,
     stage_of_epoch,
     stage_plan,
     steps_per_epoch,
-    tied_groups,
 )
 from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
-from sdpo_lightning.data.sources import PreferenceSource, SourceRows, load_source
+from sdpo_lightning.data.prepare import PrepareRules, SourceReport, prepare_source
+from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable, PairLogps, Stage
 
 log = logging.getLogger(__name__)
-
-# Held-out files count their rows from here, so that their ids never meet those of the training file.
-_VAL_FIRST_ROW = 1 << 39
-
-
-@dataclass
-class SourceReport:
-    """What became of one source; a row of `curriculum.json`."""
-
-    name: str
-    pairs: int
-    val_pairs: int
-    dropped: dict[str, int]
-    reward_accuracy: float | None = None
-    standard_error: float | None = None
-    mean_logps_accuracy: float | None = None
-    mean_logps_standard_error: float | None = None
-    train_ids: list[int] = field(default_factory=list, repr=False)
-    val_ids: list[int] = field(default_factory=list, repr=False)
-
 
 class CurriculumDataModule(pl.LightningDataModule):
     """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
@@ -147,11 +124,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self.reports:
             return
         self.tokenizer = self._load_tokenizer()
-        tokenize = PairTokenizer(self.tokenizer, self.max_length)
-        datasets = []
-        for index, source in enumerate(self.sources):
-            datasets += self._setup_source(index, source, tokenize)
-        self.store = PairStore(datasets)
+        rules = PrepareRules(
+            PairTokenizer(self.tokenizer, self.max_length), self.on_bad_row, self.val_fraction, self.seed
+        )
+        prepared = [prepare_source(index, source, rules) for index, source in enumerate(self.sources)]
+        self.reports = {report.name: report for report, _ in prepared}
+        self.store = PairStore([part for _, parts in prepared for part in parts])
         pad = self.tokenizer.pad_token_id
         self._collator = PreferenceCollator(pad if pad is not None else 0)
 
@@ -167,57 +145,6 @@ class CurriculumDataModule(pl.LightningDataModule):
                 f"no tokenizer at {name!r}; set `data.tokenizer` or `model.model_name_or_path`: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-
-    def _setup_source(self, index: int, source: PreferenceSource, tokenize: PairTokenizer) -> list[Dataset]:
-        loaded = load_source(source, index, on_bad_row=self.on_bad_row)
-        pairs, dropped = self._tokenize(source.name, loaded, tokenize)
-        held_out: list[Dataset] = []
-        val_ids: list[int] = []
-        if source.val_path is not None:
-            val_rows = load_source(
-                source, index, path=source.val_path, on_bad_row=self.on_bad_row, first_row=_VAL_FIRST_ROW
-            )
-            val, val_dropped = self._tokenize(source.name, val_rows, tokenize)
-            held_out, val_ids = [val], val["pair_id"][:]
-            dropped |= {f"val_{reason}": count for reason, count in val_dropped.items()}
-            train_ids = pairs["pair_id"][:]
-        else:
-            prompts = [str(ids) for ids in pairs["prompt_ids"][:]]
-            is_val = split_by_prompt(prompts, self.val_fraction, self.seed)
-            ids = pairs["pair_id"][:]
-            train_ids = [i for i, held in zip(ids, is_val, strict=True) if not held]
-            val_ids = [i for i, held in zip(ids, is_val, strict=True) if held]
-        if not train_ids:
-            raise ConfigurationError(_nothing_left(source.name, loaded, dropped))
-        report = SourceReport(source.name, len(train_ids), len(val_ids), dropped)
-        report.train_ids, report.val_ids = train_ids, val_ids
-        self.reports[source.name] = report
-        return [pairs, *held_out]
-
-    def _tokenize(
-        self, name: str, loaded: SourceRows, tokenize: PairTokenizer
-    ) -> tuple[Dataset, dict[str, int]]:
-        if loaded.conversational:
-            tokenize.check_template(name)
-        columns: dict[str, list[Any]] = {"pair_id": [], "prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-        dropped = dict(loaded.dropped)
-        for row in loaded.rows:
-            pair = tokenize(row["prompt"], row["chosen"], row["rejected"])
-            if isinstance(pair, str):
-                if self.on_bad_row == "error":
-                    number = row["pair_id"] & (_VAL_FIRST_ROW - 1)
-                    raise ConfigurationError(f"source {name!r}, row {number + 1}: {pair} (`data.on_bad_row: error`)")
-                dropped[pair] = dropped.get(pair, 0) + 1
-                continue
-            for key, value in zip(columns, (row["pair_id"], *vars(pair).values()), strict=True):
-                columns[key].append(value)
-        if not columns["pair_id"]:
-            raise ConfigurationError(_nothing_left(name, loaded, dropped))
-        count = sum(dropped.values())
-        if count:
-            level = logging.WARNING if count > 0.01 * loaded.total else logging.INFO
-            log.log(level, "source %r: %d of %d rows dropped: %s", name, count, loaded.total, _listed(dropped))
-        return Dataset.from_dict(columns), dropped
 
     # ---- pair scores -> chunks -> stages
 
@@ -256,7 +183,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         Args:
             scores: source name -> `[P]` scores of its first P training pairs; empty if order is `given`.
         """
-        groups = self._ordered_groups(scores)
+        groups = order_groups(self.groups, scores, self.order, self.merge_ties)
         self.source_order = [name for group in groups for name in group]
         pair_ids = {name: report.train_ids for name, report in self.reports.items()}
         if self.partition_kind == "pooled":
@@ -264,24 +191,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self.partition_kind == "random":
             return chunks_random(groups, pair_ids, self.seed)
         return chunks_by_source(groups, pair_ids)
-
-    def _ordered_groups(self, scores: Mapping[str, Tensor]) -> list[list[str]]:
-        groups = [list(group) for group in self.groups]
-        if not scores:
-            return groups
-        named = {"+".join(group): group for group in groups}
-        measured = {
-            name: reward_accuracy(torch.cat([scores[source] for source in group]))
-            for name, group in named.items()
-        }
-        accuracies = {name: accuracy for name, (accuracy, _) in measured.items()}
-        order = easy_to_hard(accuracies) if self.order != "given" else list(named)
-        if self.order == "reversed":
-            order.reverse()
-        _log_ties(order, measured)
-        if self.merge_ties:
-            return [[s for name in run for s in named[name]] for run in tied_groups(order, measured)]
-        return [named[name] for name in order]
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -440,17 +349,3 @@ def _gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> 
     if difficulty == "sum_logps":
         return logps.gamma
     return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths
-
-
-def _log_ties(order: list[str], measured: Mapping[str, tuple[float, float]]) -> None:
-    for group in tied_groups(order, measured):
-        if len(group) > 1:
-            log.info("closer than two standard errors: %s (`data.merge_ties` trains them together)", group)
-
-
-def _listed(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-
-
-def _nothing_left(name: str, loaded: SourceRows, dropped: Mapping[str, int]) -> str:
-    return f"source {name!r}: 0 of {loaded.total} pairs left ({_listed(dropped)}); check `data.sources`"

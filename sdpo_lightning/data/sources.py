@@ -1,4 +1,4 @@
-"""Rank 1: a file, a folder or a hub set -> canonical preference rows, bad rows counted by reason.
+"""Rank 2: a file, a folder or a hub set -> canonical preference rows, bad rows counted by reason.
 
 The walk: read the needed columns of the first `limit` rows -> check that the columns exist -> bring each row
 into one form or find why it can't be -> one `datasets.Dataset`. A bad row is dropped, a bad file is refused.
@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +22,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdpo_lightning.data.rows import CANONICAL, BadRow, Pair, canonical_pair
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-Text = str | list[dict[str, str]]
-Pair = tuple[Text, Text, Text]  # prompt, chosen, rejected: all strings or all lists of messages
 Record = tuple[int, dict[str, Any] | str]  # line or row from 1; the needed columns, or why there are none
 
-_CANONICAL = ("prompt", "chosen", "rejected", "system")
 _FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
 _KINDS = "a .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder or a hub name"
 _LFS_POINTER = b"version https://git-lfs"
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ANSWER = "\n\nAssistant:"
 
 
 @dataclass
@@ -68,8 +64,8 @@ class PreferenceSource:
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigurationError(f"{key}.limit` is {self.limit}, expected at least 1 or null")
-        if unknown := sorted(set(self.columns or {}) - set(_CANONICAL)):
-            raise ConfigurationError(f"{key}.columns` names {unknown}, known are {list(_CANONICAL)}")
+        if unknown := sorted(set(self.columns or {}) - set(CANONICAL)):
+            raise ConfigurationError(f"{key}.columns` names {unknown}, known are {list(CANONICAL)}")
 
 
 @dataclass
@@ -113,7 +109,7 @@ def load_source(
             `on_bad_row="error"`, the first bad row.
     """
     origin = _Origin(source, path or source.path, "path" if path is None else "val_path")
-    columns = {name: name for name in _CANONICAL[:3]} | (source.columns or {})
+    columns = {name: name for name in CANONICAL[:3]} | (source.columns or {})
     records, found = _read(origin, set(columns.values()))
     if not records:
         raise origin.error("is empty (0 rows)", "expected one preference pair a row")
@@ -122,10 +118,10 @@ def load_source(
     places: dict[str, list[int]] = {}
     for row, (number, record) in enumerate(records):
         try:
-            pair = _pair(record, columns, explicit)
+            pair = canonical_pair(record, columns, explicit)
             if kept and isinstance(pair[0], str) != isinstance(kept[0][1][0], str):
-                raise _BadRow("other_form")
-        except _BadRow as bad:
+                raise BadRow("other_form")
+        except BadRow as bad:
             if on_bad_row == "error":
                 at = f"has a bad row at {origin.path}:{number}: {bad}"
                 raise origin.error(at, "`data.on_bad_row: error` allows none") from None
@@ -155,8 +151,8 @@ def _dataset(kept: list[tuple[int, Pair]]) -> datasets.Dataset:
     string = datasets.Value("string")
     value = string if isinstance(kept[0][1][0], str) else [{"role": string, "content": string}]
     columns: dict[str, list[Any]] = {"pair_id": [pair_id for pair_id, _ in kept]}
-    columns |= {name: [pair[i] for _, pair in kept] for i, name in enumerate(_CANONICAL[:3])}
-    features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(_CANONICAL[:3], value)
+    columns |= {name: [pair[i] for _, pair in kept] for i, name in enumerate(CANONICAL[:3])}
+    features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], value)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -271,124 +267,9 @@ def _check_columns(origin: _Origin, columns: dict[str, str], found: list[str]) -
     explicit = columns["prompt"] in found
     # A system text has its place in front of an explicit prompt only.
     needed = set(columns) if "system" in columns else {"chosen", "rejected", *(origin.source.columns or {})}
-    missing = [columns[name] for name in _CANONICAL if name in needed and columns[name] not in found]
+    missing = [columns[name] for name in CANONICAL if name in needed and columns[name] not in found]
     # Without any column no row was an object: those are counted by reason.
     if missing and found:
         listed = f"expected one of {found[:20]}" + (" and more" if len(found) > 20 else "")
         raise origin.error(f"has unknown column {', '.join(map(repr, missing))}", listed, key="columns")
     return explicit
-
-
-# ---- a record -> a pair
-
-
-class _BadRow(Exception):
-    """A row that is dropped; the message is the reason."""
-
-
-def _pair(record: dict[str, Any] | str, columns: dict[str, str], explicit: bool) -> Pair:
-    if isinstance(record, str):
-        raise _BadRow(record)
-    values = {name: record.get(column) for name, column in columns.items()}
-    for name in _CANONICAL[:3]:
-        if values[name] is None and (explicit or name != "prompt"):
-            raise _BadRow(f"missing_{name}")
-    chosen, rejected = _text(values["chosen"]), _text(values["rejected"])
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _BadRow("wrong_type")
-    if explicit:
-        pair = _explicit(_text(values["prompt"]), chosen, rejected)
-        if "system" in columns:
-            pair = _with_system(values["system"], *pair)
-    else:
-        pair = (_split_strings if isinstance(chosen, str) else _split_messages)(chosen, rejected)
-    _check(*pair)
-    return pair
-
-
-def _text(value: Any) -> Text:
-    """A string, or messages with nothing but role and content."""
-    if isinstance(value, list):
-        if not all(isinstance(item, dict) for item in value):
-            raise _BadRow("wrong_type")
-        return [{key: _string(item.get(key)) for key in ("role", "content")} for item in value]
-    return _string(value)
-
-
-def _string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise _BadRow("wrong_type")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, as JSON's "\ud83d" alone: Arrow can't hold it
-        raise _BadRow("invalid_unicode") from None
-    return value
-
-
-def _explicit(prompt: Text, chosen: Text, rejected: Text) -> Pair:
-    if isinstance(chosen, str):
-        if not isinstance(prompt, str):
-            raise _BadRow("wrong_type")
-        return prompt, chosen, rejected
-    if isinstance(prompt, str):
-        # Beside whole dialogues the string only repeats what they hold (UltraFeedback).
-        if all(side and side[0]["role"] != "assistant" for side in (chosen, rejected)):
-            return _split_messages(chosen, rejected)
-        return [{"role": "user", "content": prompt}], chosen, rejected
-    if prompt == chosen[: len(prompt)] == rejected[: len(prompt)]:
-        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, chosen, rejected
-
-
-def _with_system(system: Any, prompt: Text, chosen: Text, rejected: Text) -> Pair:
-    """Strings become messages, since only those have a place for the system text."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    content = "" if system is None else _string(system)
-    if content.strip() and not (prompt and prompt[0]["role"] == "system"):
-        prompt = [{"role": "system", "content": content}, *prompt]
-    return prompt, chosen, rejected
-
-
-def _split_strings(chosen: str, rejected: str) -> Pair:
-    """HH style: the prompt ends with the last "Assistant:" that both sides share."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((n for n, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    end = chosen.rfind(_HH_ANSWER, 0, shared) + len(_HH_ANSWER)
-    if end < len(_HH_ANSWER):
-        raise _BadRow("no_shared_prompt")
-    for turns in (_HH_TURN.findall(chosen), _HH_TURN.findall(rejected)):
-        # One speaker twice in a row: words of the other one hide in an answer, and would be scored.
-        if turns[-1] != "Assistant" or any(a == b for a, b in pairwise(turns)):
-            raise _BadRow("wrong_roles")
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _split_messages(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> Pair:
-    """The prompt is what both sides share, up to an assistant turn on both."""
-    end = 0
-    for n, (left, right) in enumerate(zip(chosen, rejected, strict=False)):
-        if left["role"] == right["role"] == "assistant":
-            end = n
-        if left != right:
-            break
-    if end == 0:
-        raise _BadRow("no_shared_prompt")
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _check(prompt: Text, chosen: Text, rejected: Text) -> None:
-    question = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt[-1:])
-    if not question.strip():
-        raise _BadRow("empty_prompt")
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        texts = [side] if isinstance(side, str) else [m["content"] for m in side if m["role"] == "assistant"]
-        if not side or not all(text.strip() for text in texts):
-            raise _BadRow(f"empty_{name}")
-    if not isinstance(prompt, str):
-        ends = {message["role"] for side in (chosen, rejected) for message in (side[0], side[-1])}
-        if prompt[-1]["role"] == "assistant" or ends != {"assistant"}:
-            raise _BadRow("wrong_roles")
-    if chosen == rejected:
-        raise _BadRow("identical")

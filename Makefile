@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint clean venv
+
+# Rebuilt when what it is made from changes, or when its interpreter doesn't run.
+venv:
+	@$(BIN)/python -c '' 2>/dev/null || rm -rf .venv
+	@$(MAKE) --no-print-directory .venv/.stamp
+
+.venv/.stamp: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m sdpo_lightning demo
+
+test: venv
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
