@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils import logging as transformers_logging
 
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.files import write_json
@@ -189,6 +190,8 @@ def main(
     words = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # A bar for each weight file says nothing that our own lines don't.
+    transformers_logging.disable_progress_bar()
     try:
         if words[:1] == ["demo"]:
             # Only here: the demo runs this very command line.

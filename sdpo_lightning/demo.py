@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -82,7 +83,10 @@ def _fit(root: Path, inputs: Path, extra: list[str]) -> None:
         f"--model.model_name_or_path={inputs / 'model'}",
         f"--data.sources={json.dumps(sources)}",
     ]
-    CurriculumCLI(args=arguments + extra)
+    with warnings.catch_warnings():
+        # Our own command line is still in sys.argv.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        CurriculumCLI(args=arguments + extra)
 
 
 def _score_models(root: Path, inputs: Path, curriculum: dict[str, Any]) -> dict[str, ModelScores]:
