@@ -63,7 +63,8 @@ def test_gradient_by_hand(label_smoothing):
     reference = logps([-12.0, -21.0], [-13.0, -18.0])
     dpo_loss(policy, reference, 0.5, label_smoothing).sum().backward()
     # d/dz of -(1 - eps) ln s(z) - eps ln s(-z) is -(1 - eps) s(-z) + eps s(z); dz / d(chosen) = beta.
-    expected = [0.5 * (-(1 - label_smoothing) * sigmoid(-z) + label_smoothing * sigmoid(z)) for z in (1.5, -1.0)]
+    eps = label_smoothing
+    expected = [0.5 * (-(1 - eps) * sigmoid(-z) + eps * sigmoid(z)) for z in (1.5, -1.0)]
     assert policy.chosen.grad.tolist() == pytest.approx(expected, abs=1e-6)
     assert policy.rejected.grad.tolist() == pytest.approx([-g for g in expected], abs=1e-6)
 
@@ -247,7 +248,8 @@ def test_schedule_by_hand():
     # Half-way down a cosine is 1/2; the end and anything beyond is 0.
     assert learning_rate_factor("cosine", 4, 6, 2) == pytest.approx(0.5)
     for name in ("linear", "cosine"):
-        assert [learning_rate_factor(name, s, 6, 2) for s in (6, 7, 100)] == pytest.approx([0.0] * 3, abs=1e-12)
+        beyond = [learning_rate_factor(name, step, 6, 2) for step in (6, 7, 100)]
+        assert beyond == pytest.approx([0.0] * 3, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -1,0 +1,138 @@
+"""One swap a boundary, whichever way the run is started."""
+
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from helpers import make_rows, write_jsonl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from runs import fit
+
+from sdpo_lightning import (
+    CurriculumDataModule,
+    DPOLitModule,
+    PreferenceSource,
+    ResidentReference,
+    StageExport,
+    StageTransition,
+)
+from sdpo_lightning.cli import CurriculumCLI
+from sdpo_lightning.types import ConfigurationError
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class CountingReference(ResidentReference):
+    """Counts how often each stage makes it advance."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = []
+
+    def advance(self, policy, stage, inputs):
+        self.stages.append(stage.index)
+        super().advance(policy, stage, inputs)
+
+
+class OwnTransition(StageTransition):
+    """A user's subclass."""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return [
+        PreferenceSource(name, str(write_jsonl(tmp_path / f"{name}.jsonl", make_rows(6, seed, name))))
+        for seed, name in enumerate(("a", "b", "c"))
+    ]
+
+
+@pytest.mark.parametrize("callbacks", [[], [StageTransition], [OwnTransition], [OwnTransition, StageExport]])
+def test_plain_trainer(tmp_path, tiny_model_dir, sources, callbacks):
+    reference = CountingReference()
+    trainer, _ = fit(tmp_path / "run", tiny_model_dir, sources, reference=reference, callbacks=[c() for c in callbacks])
+    assert reference.stages == [1, 2, 3]
+    assert sum(isinstance(callback, StageTransition) for callback in trainer.callbacks) == 1
+    assert sum(isinstance(callback, ModelCheckpoint) for callback in trainer.callbacks) == 1
+    assert len(list((tmp_path / "run" / "stages").iterdir())) == 3
+
+
+@pytest.mark.parametrize("callback", ["StageTransition", "OwnTransition", None])
+@pytest.mark.parametrize("cli_class", [LightningCLI, CurriculumCLI])
+def test_command_lines(tmp_path, tiny_model_dir, sources, callback, cli_class):
+    words = [
+        "fit",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        f"--model.model_name_or_path={tiny_model_dir}",
+        f"--model.reference={__name__}.CountingReference",
+        f"--data.sources={json.dumps([vars(source) for source in sources])}",
+    ]
+    if callback is not None:
+        module = __name__ if callback == "OwnTransition" else "sdpo_lightning"
+        words.append(f"--trainer.callbacks+={module}.{callback}")
+    if cli_class is LightningCLI:
+        cli = LightningCLI(DPOLitModule, CurriculumDataModule, auto_configure_optimizers=False, args=words)
+    else:
+        cli = CurriculumCLI(args=words)
+    assert cli.model.reference.stages == [1, 2, 3]
+    assert sum(isinstance(c, StageTransition) for c in cli.trainer.callbacks) == 1
+    assert len(list((tmp_path / "run" / "stages").iterdir())) == 3
+
+
+def test_another_checkpoint_callback_is_refused_in_words(tmp_path, tiny_model_dir, sources):
+    with pytest.raises(ConfigurationError, match="StageCheckpoint"):
+        fit(tmp_path, tiny_model_dir, sources, callbacks=[ModelCheckpoint(every_n_train_steps=2)])
+
+
+def test_checkpointing_can_be_switched_off(tmp_path, tiny_model_dir, sources):
+    fit(tmp_path / "run", tiny_model_dir, sources, trainer_args={"enable_checkpointing": False})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert len(list((tmp_path / "run" / "stages").iterdir())) == 3
+
+
+def test_resume_does_not_rank(tmp_path, tiny_model_dir, sources, caplog):
+    caplog.set_level(logging.INFO)
+    trainer, _ = fit(tmp_path, tiny_model_dir, sources, order="easy_to_hard", trainer_args={"max_steps": 4})
+    assert "scoring 18 pairs by M_0" in caplog.text
+    before = json.loads((tmp_path / "curriculum.json").read_text())
+    caplog.clear()
+    [checkpoint] = (tmp_path / "checkpoints").glob("*.ckpt")
+    fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint, order="easy_to_hard")
+    assert "scoring" not in caplog.text
+    assert json.loads((tmp_path / "curriculum.json").read_text()) == before
+    assert len(list((tmp_path / "stages").iterdir())) == 3
+
+
+def test_readme_python_example(tmp_path, tiny_model_dir, sources):
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n", 1)[1].split("```", 1)[0]
+    assert len(code.strip().splitlines()) < 15
+    for old, new in (
+        ("path/to/sft-model", str(tiny_model_dir)),
+        ("easy.jsonl", sources[0].path),
+        ("hard.jsonl", sources[1].path),
+        ("runs/mine", str(tmp_path / "run")),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run" / "stages").iterdir())) == 2
+
+
+def test_module_command_says_what_is_wrong(tmp_path):
+    words = [sys.executable, "-m", "sdpo_lightning", "fit", "--trainer.default_root_dir", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
