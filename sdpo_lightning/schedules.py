@@ -32,8 +32,9 @@ def learning_rate_factor(name: ScheduleName, step: int, num_steps: int, warmup: 
         return step / warmup
     if name == "constant":
         return 1.0
-    # A stage may be no longer than its warm-up: nothing decays then.
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    # A stage may be no longer than its warm-up.
+    decay = max(1, num_steps - warmup)
     if name == "linear":
-        return 1.0 - progress
+        return max(0.0, (num_steps - step) / decay)
+    progress = min(1.0, (step - warmup) / decay)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -1,17 +1,16 @@
-"""Generated inputs of the demo: a small language with a known preference rule.
+"""Rank 1: Generated inputs of the demo: a small language with a known preference rule.
 
 A prompt reads `tell curious neighbours about foxes today :`, an answer ` sure well foxes just really cheers`.
 Three binary aspects of an answer are good or bad, one for each source of preferences:
 
-| source | good answers | share of good answers in the SFT data |
+| source | good answers | good in the SFT data |
 |---|---|---|
-| courtesy | start with a polite word | `GOOD_SHARE["courtesy"]`, easy |
-| topic | name the prompt's topic, not its rival | `GOOD_SHARE["topic"]`, in between |
-| closing | end in a warm word | `GOOD_SHARE["closing"]`, hard |
+| courtesy | start with a polite word | 80 %, so M_0 finds it easy |
+| topic | name the prompt's topic, not its rival | 50 % |
+| closing | end in a warm word | 20 %, so M_0 finds it hard |
 
-A pair of a source differs in that source's aspect only by rule: the other aspects and the filler words are
-drawn anew for both sides from the SFT distribution, so they are noise in gamma. All answers have the same
-length, so that length decides nothing.
+By rule a pair differs in its source's aspect only: other aspects and filler words are drawn anew for both
+sides from the SFT distribution, as noise in gamma. All answers have six words: length decides nothing.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ Row = dict[str, str]
 
 # Not from easy to hard, so that a ranking has something to do.
 SOURCE_NAMES: tuple[str, str, str] = ("topic", "closing", "courtesy")
-# Share of good answers in the SFT data, by the mood of the reader in the prompt: (calm, hurried).
-GOOD_SHARES = {"courtesy": (0.9, 0.7), "topic": (0.8, 0.2), "closing": (0.3, 0.1)}
+# Share of good answers in the SFT data, by the mood in the prompt: (calm, hurried). The contrast gives M_0
+# a feature to turn: without it DPO lowers both sides of a pair and samples lose their form.
+GOOD_SHARES = {"courtesy": (0.98, 0.62), "topic": (0.9, 0.1), "closing": (0.38, 0.02)}
 
-_MOODS = ["curious", "busy", "sleepy", "cheerful", "anxious", "patient", "clever", "lonely"]
-_READERS = ["neighbours", "pupils", "sailors", "farmers", "tourists", "bakers", "nurses", "poets"]
-_TIMES = ["today", "tonight", "tomorrow", "soon", "again", "briefly", "slowly", "twice"]
+# Calm and hurried moods take turns.
+_MOODS = ("patient", "busy", "cheerful", "anxious", "curious", "hasty", "clever", "restless")
+_READERS = ("neighbours", "pupils", "sailors", "farmers", "tourists", "bakers", "nurses", "poets")
 # A topic and its rival are neighbours: (foxes, hens), (rivers, deserts), ...
-_TOPICS = ["foxes", "hens", "rivers", "deserts", "violins", "drums", "apples", "onions", "trains", "ships", "stars", "clouds", "chess", "tennis", "wool", "silk"]
-_FILLERS = ["well", "just", "really", "often", "perhaps", "still", "mostly", "rather", "almost", "quite", "never", "simply"]
+_TOPICS = ("foxes", "hens", "rivers", "deserts", "violins", "drums", "apples", "onions")
+_TIMES = ("today", "tonight", "tomorrow", "soon", "again", "briefly", "slowly", "twice")
+_FILLERS = ("well", "just", "really", "often", "perhaps", "still")
+_FILLERS += ("mostly", "rather", "almost", "quite", "never", "simply")
 _POLITE, _RUDE = ("sure", "gladly"), ("ugh", "listen")
 _WARM, _COLD = ("cheers", "goodbye"), ("whatever", "enough")
-_PROMPT_WORDS = ["tell", "about", ":"]
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<s>", "</s>", "<unk>"
-
-_MAX_NEW_TOKENS = 10
-_SCORING_ROWS = 512
+_MAX_LENGTH, _MAX_NEW_TOKENS = 64, 10
 
 
 def satisfies(source: str, prompt: str, answer: str) -> bool:
@@ -125,14 +124,18 @@ def write_inputs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for source in SOURCE_NAMES:
-        _write_rows(folder / f"{source}.jsonl", make_pairs(source, train_pairs, seed, shuffle_labels=control))
-        _write_rows(folder / f"{source}.val.jsonl", make_pairs(source, val_pairs, seed, held_out=True))
+        train = make_pairs(source, train_pairs, seed, shuffle_labels=control)
+        held_out = make_pairs(source, val_pairs, seed, held_out=True)
+        for name, rows in ((f"{source}.jsonl", train), (f"{source}.val.jsonl", held_out)):
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model, tokenizer = train_sft(seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
 
-def train_sft(seed: int, steps: int = 400, batch_size: int = 128) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train_sft(
+    seed: int, steps: int = 400, batch_size: int = 128
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train M_0 from scratch on the SFT distribution; the global random state stays as it was.
 
     Args:
@@ -179,7 +182,7 @@ def preference_rate(
         rows: rows with a `prompt`.
         source: the aspect, one of `SOURCE_NAMES`.
         samples: answers drawn for each row.
-        seed: of the sampling; the global random state stays as it was.
+        seed: of the sampling; the global random state is left alone.
 
     Returns:
         The share and its standard error, clustered by prompt, both in [0, 1].
@@ -202,7 +205,7 @@ def held_out_accuracy(
     """Reference-free accuracy: share of pairs with gamma > 0, ties counted 1/2.
 
     Args:
-        model: a causal LM.
+        model: a causal LM; all rows are scored in one forward.
         tokenizer: its tokenizer; EOS is appended to each answer.
         rows: preference pairs.
 
@@ -210,13 +213,9 @@ def held_out_accuracy(
         The share and its standard error, clustered by prompt, both in [0, 1].
     """
     prompts = [row["prompt"] for row in rows]
-    sides = []
     with _evaluating(model):
-        for side in ("chosen", "rejected"):
-            answers = [row[side] for row in rows]
-            parts = [slice(i, i + _SCORING_ROWS) for i in range(0, len(rows), _SCORING_ROWS)]
-            sides.append(torch.cat([_answer_logps(model, tokenizer, prompts[p], answers[p]) for p in parts]))
-    gamma = sides[0] - sides[1]
+        chosen = _answer_logps(model, tokenizer, prompts, [row["chosen"] for row in rows])
+        gamma = chosen - _answer_logps(model, tokenizer, prompts, [row["rejected"] for row in rows])
     return _clustered_mean(((gamma.sign() + 1) / 2).tolist(), prompts)
 
 
@@ -227,11 +226,11 @@ def _check_source(source: str) -> None:
 
 def _prompts(held_out: bool) -> list[str]:
     """All prompts of one side of the split: every fifth diagonal of the grid of words is held out."""
-    grid = product(*(enumerate(words) for words in (_MOODS, _READERS, _TOPICS, _TIMES)))
+    columns = (_MOODS, _READERS, _TOPICS, _TIMES)
     prompts = []
-    for cell in grid:
-        if (sum(index for index, _ in cell) % 5 == 0) == held_out:
-            mood, reader, topic, time = (word for _, word in cell)
+    for cell in product(*(range(len(column)) for column in columns)):
+        if (sum(cell) % 5 == 0) == held_out:
+            mood, reader, topic, time = (column[i] for column, i in zip(columns, cell, strict=True))
             prompts.append(f"tell {mood} {reader} about {topic} {time} :")
     return prompts
 
@@ -243,7 +242,7 @@ def _draw_prompts(rng: random.Random, count: int, held_out: bool) -> list[str]:
     if not held_out:
         return rng.choices(_SPLITS[False], k=count)
     if count > len(_SPLITS[True]):
-        raise ValueError(f"{count} held-out pairs asked for, but there are {len(_SPLITS[True])} held-out prompts")
+        raise ValueError(f"{count} held-out pairs, but only {len(_SPLITS[True])} held-out prompts")
     return rng.sample(_SPLITS[True], count)
 
 
@@ -252,30 +251,21 @@ def _draw_answer(rng: random.Random, prompt: str, fixed: dict[str, bool]) -> str
     _, mood, _, _, topic_word, *_ = prompt.split()
     hurried, topic = _MOODS.index(mood) % 2, _TOPICS.index(topic_word)
     good = {name: fixed.get(name, rng.random() < shares[hurried]) for name, shares in GOOD_SHARES.items()}
+    # Zipf: fillers that differ in frequency are the noise in gamma.
     first, second, third = rng.choices(_FILLERS, [1 / (rank + 1) for rank in range(len(_FILLERS))], k=3)
-    words = [
-        rng.choice(_POLITE if good["courtesy"] else _RUDE),
-        first,
-        _TOPICS[topic if good["topic"] else topic ^ 1],
-        second,
-        third,
-        rng.choice(_WARM if good["closing"] else _COLD),
-    ]
-    return " " + " ".join(words)
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    opening = rng.choice(_POLITE if good["courtesy"] else _RUDE)
+    closing = rng.choice(_WARM if good["closing"] else _COLD)
+    named = _TOPICS[topic if good["topic"] else topic ^ 1]
+    return f" {opening} {first} {named} {second} {third} {closing}"
 
 
 def _build_tokenizer() -> PreTrainedTokenizerFast:
-    words = [_PAD, _BOS, _EOS, _UNK, *_PROMPT_WORDS, *_MOODS, *_READERS, *_TIMES, *_TOPICS, *_FILLERS]
+    words = [_PAD, _BOS, _EOS, _UNK, "tell", "about", ":", *_MOODS, *_READERS, *_TIMES, *_TOPICS, *_FILLERS]
     words += [*_POLITE, *_RUDE, *_WARM, *_COLD]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=_PAD, bos_token=_BOS, eos_token=_EOS, unk_token=_UNK, model_max_length=64
-    )
+    special = {"pad_token": _PAD, "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNK}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=_MAX_LENGTH, **special)
 
 
 def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -285,7 +275,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=_MAX_LENGTH,
         initializer_range=0.05,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -293,6 +283,8 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
+    # Rows of the head that point the same way would make DPO raise other words along with the good ones.
+    torch.nn.init.orthogonal_(model.lm_head.weight)
     # top_k is 50 by default: samples would not be the model's distribution.
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=_MAX_NEW_TOKENS)
     return model
@@ -305,12 +297,12 @@ def _answer_logps(
     prompt_ids = tokenizer(list(prompts))["input_ids"]
     texts = [p + a + tokenizer.eos_token for p, a in zip(prompts, answers, strict=True)]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-    targets = batch["input_ids"][:, 1:]
-    token_logps = -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    starts = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=targets.device)
-    in_answer = torch.arange(targets.shape[1], device=targets.device) >= starts[:, None]
-    return (token_logps * in_answer * batch["attention_mask"][:, 1:]).sum(1)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    token_logps = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompt_ids], device=ids.device)
+    in_answer = torch.arange(ids.shape[1] - 1, device=ids.device) >= starts[:, None]
+    return (token_logps * in_answer * mask[:, 1:]).sum(1)
 
 
 def _sample_answers(

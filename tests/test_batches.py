@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from helpers import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import fit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sdpo_lightning import DPOLitModule, PreferenceSource
 from sdpo_lightning.backbone import load_policy
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator, TokenizedPair, tokenize_pair
 from sdpo_lightning.data.curriculum import steps_per_epoch
@@ -218,6 +221,7 @@ ROWS = [
     ("the anoth", "er cat", "er hat"),
     # Only one side merges: both start at the same place.
     ("under", "stand the cat", ", the mat"),
+    ("under", ", the mat", "stand the cat"),
     ("the cat sat on the mat", "", " the</s>"),
     ("caf\u00e9 \u732b", "\u2026 yes\n", "\tno"),
 ]
@@ -475,6 +479,33 @@ def test_epoch_order_is_a_pure_function():
     others = [epoch_order(ids, *key) for key in ((2, "stage", 0), (1, "other", 0), (1, "stage", 1))]
     assert len({tuple(found) for found in (order, *others)}) == 4
     assert ids == IDS[:15]
+
+
+class NotesValidation(DPOLitModule):
+    """Notes the held-out pairs of each validation."""
+
+    def on_validation_epoch_start(self):
+        self.validations = [*getattr(self, "validations", []), []]
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.validations[-1] += real_ids(batch)
+        return super().validation_step(batch, batch_idx, dataloader_idx)
+
+
+@pytest.mark.parametrize("limit, held_out", [(1.0, 8), (1, 2)])
+def test_every_validation_of_an_epoch_sees_the_same_pairs(tmp_path, tiny_model_dir, limit, held_out):
+    path = write_jsonl(tmp_path / "rows.jsonl", make_rows(20, 0))
+    _, module = fit(
+        tmp_path / "run",
+        tiny_model_dir,
+        [PreferenceSource("rows", str(path))],
+        module_class=NotesValidation,
+        trainer_args={"val_check_interval": 2, "limit_val_batches": limit},
+        val_fraction=0.4,
+    )
+    # 12 pairs by 2 are 6 batches: validations after 2, 4 and 6; of 8 held-out pairs all, or one batch.
+    assert [len(seen) for seen in module.validations] == [held_out] * 3
+    assert module.validations[0] == module.validations[1] == module.validations[2]
 
 
 # ---- accumulation

@@ -76,6 +76,11 @@ class PairTokenizer:
     def _string_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, verbose=False)["input_ids"]
 
+    def _completed_ids(self, text: str) -> list[int]:
+        ids = self._string_ids(text)
+        # Some tokenizers append EOS themselves.
+        return ids[:-1] if ids[-2:] == [self.tokenizer.eos_token_id] * 2 else ids
+
     def _template_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
             messages,
@@ -101,16 +106,16 @@ def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected
         rejected: in the same form.
 
     Returns:
-        The ids, or a reason: `prompt_too_long` (the prompt alone reaches `max_length`), `empty_completion`
-        (nothing left to score), `refused_by_template` (roles that the chat template doesn't take), `identical` (equal ids, also after truncation only), `special_token_in_text`
-        (the literal text of a control token in an answer would end it).
+        The ids, or a reason: `prompt_too_long` (the prompt alone reaches `max_length`), `empty_completion` (nothing
+        left to score), `identical` (equal ids, perhaps after truncation only), `special_token_in_text` (the literal
+        text of a control token in an answer would end it), `refused_by_template` (roles that it doesn't take).
     """
     if isinstance(prompt, str):
         eos = tokenizer.tokenizer.eos_token
         if any(tokenizer._holds_special(side.removesuffix(eos)) for side in (chosen, rejected)):
             return "special_token_in_text"
         prompt_ids = tokenizer._string_ids(prompt)
-        sides = [tokenizer._string_ids(prompt + tokenizer._with_eos(side)) for side in (chosen, rejected)]
+        sides = [tokenizer._completed_ids(prompt + tokenizer._with_eos(side)) for side in (chosen, rejected)]
     else:
         if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected)):
             return "special_token_in_text"

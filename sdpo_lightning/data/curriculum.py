@@ -28,10 +28,12 @@ def reward_accuracy(scores: Tensor) -> tuple[float, float]:
         The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P).
 
     Raises:
-        ConfigurationError: without pairs.
+        ConfigurationError: without pairs, or with a score that isn't finite.
     """
     if scores.numel() == 0:
         raise ConfigurationError("no pairs to rank; raise `data.rank_limit` or check the source")
+    if not bool(torch.isfinite(scores).all()):
+        raise ConfigurationError("M_0 gives a score that isn't finite; check `model.model_name_or_path`")
     wins = (scores > 0).double() + 0.5 * (scores == 0).double()
     deviation = wins.std(unbiased=True).item() if wins.numel() > 1 else 0.5
     return wins.mean().item(), deviation / math.sqrt(wins.numel())
@@ -56,7 +58,7 @@ def tied_groups(order: Sequence[str], scores: Mapping[str, tuple[float, float]])
     for name in order:
         if groups:
             (a, se_a), (b, se_b) = scores[groups[-1][-1]], scores[name]
-            if abs(a - b) < 2 * math.hypot(se_a, se_b):
+            if a == b or abs(a - b) < 2 * math.hypot(se_a, se_b):
                 groups[-1].append(name)
                 continue
         groups.append([name])

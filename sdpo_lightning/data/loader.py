@@ -96,16 +96,17 @@ class StageLoader:
         used = len(self) if max_batches is None else min(len(self), max_batches)
         self._pairs_used = min(len(pair_ids), used * world_size * batch_size)
         self._position = 0
+        self._resume_at = 0
 
     def __len__(self) -> int:
         return math.ceil(len(self._pair_ids) / (self._batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        # Lazy: Lightning calls iter() several times before it takes a batch.
-        while self._position < len(self):
-            self._position += 1
-            yield self._batch(self._position - 1)
-        self._position = 0
+        # Lazy: Lightning calls iter() several times before it takes a batch, and takes no more than it counts.
+        start, self._resume_at = self._resume_at, 0
+        for position in range(start, len(self)):
+            self._position = position + 1
+            yield self._batch(position)
 
     def _batch(self, position: int) -> PreferenceBatch:
         start = (position * self._world_size + self._rank) * self._batch_size
@@ -124,4 +125,4 @@ class StageLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on after that many micro-batches."""
-        self._position = state["position"]
+        self._position = self._resume_at = state["position"]
