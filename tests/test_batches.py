@@ -464,7 +464,7 @@ def test_asking_for_an_iterator_takes_nothing(store):
         iter(loader)
     assert loader.state_dict() == {"position": 0}
     assert [real_ids(batch) for batch in loader] == [IDS[0:2], IDS[2:4], IDS[4:6]]
-    assert loader.state_dict() == {"position": 0}
+    assert loader.state_dict() == {"position": 3}
 
 
 def test_epoch_order_is_a_pure_function():

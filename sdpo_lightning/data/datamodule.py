@@ -255,9 +255,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
         epoch = self.trainer.current_epoch - stage.first_epoch
-        ids = stage.pair_ids
-        if self.shuffle:
-            ids = epoch_order(ids, self.seed, stage.name, epoch)
+        ids = epoch_order(stage.pair_ids, self.seed, stage.name, epoch) if self.shuffle else stage.pair_ids
         batches, _ = steps_per_epoch(
             len(ids), self.batch_size * self.trainer.world_size, 1, self.trainer.limit_train_batches
         )
@@ -294,10 +292,10 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._collator,
             ids,
             self.batch_size,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            accumulate,
-            max_batches,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=accumulate,
+            max_batches=max_batches,
         )
 
     @property
