@@ -1,10 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint clean venv
+.PHONY: demo test test-slow lint clean venv .venv
 
 # Rebuilt when what it is made from changes, or when its interpreter doesn't run.
-venv:
+venv .venv:
 	@$(BIN)/python -c '' 2>/dev/null || rm -rf .venv
 	@$(MAKE) --no-print-directory .venv/.stamp
 

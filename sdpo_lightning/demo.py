@@ -54,6 +54,8 @@ def run_demo(words: Sequence[str]) -> None:
     options = parser.parse_args(list(words))
     root = Path(options.root or ("runs/demo-control" if options.control else "runs/demo"))
     inputs = root / "inputs"
+    # Matrices this small only wait for a second thread.
+    torch.set_num_threads(1)
     print(f"making a tiny SFT model and three sources in {inputs}", flush=True)
     write_inputs(inputs, seed=options.seed, control=options.control)
     _fit(root, inputs, [])
