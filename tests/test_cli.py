@@ -213,8 +213,7 @@ def test_every_quirk_is_trained_or_refused(tmp_path, arguments, shared, capsys):
     for path in sorted((shared / "data" / "quirks").iterdir()):
         if path.suffix == ".md":
             continue
-        limit = None if path.name.startswith("special_tokens") else 6
-        words = with_source(arguments, path, limit=limit)
+        words = with_source(arguments, path, limit=6)
         words += [f"--model.model_name_or_path={shared / 'model'}", "--data.max_length=1024", "--data.batch_size=2"]
         words += ["--trainer.limit_train_batches=1", "--data.order=given"]
         run = tmp_path / path.name
@@ -229,7 +228,8 @@ def test_every_quirk_is_trained_or_refused(tmp_path, arguments, shared, capsys):
             trained[path.name] = (source["pairs"], sum(source["dropped"].values()))
             assert len(losses(run)) == 1
     assert sum(trained["one_token_answers.jsonl.gz"]) == 6
-    assert trained["special_tokens_in_text.jsonl.gz"][1] > 0
+    # Its control tokens are another model's: plain text here.
+    assert trained["special_tokens_in_text.jsonl.gz"] == (6, 0)
     for name in ("chosen_equals_rejected.jsonl.gz", "kto_unpaired.jsonl.gz", "non_string_values.jsonl.gz"):
         assert name in refusals
     assert len(trained) >= 8 and len(refusals) >= 8
