@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sdpo_lightning.attention import register_segment_attention
 from sdpo_lightning.logprobs import token_logps
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
@@ -40,11 +41,13 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
+        packed = {} if batch.segments is None else {"segments": batch.segments}
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
+            **packed,
         ).last_hidden_state
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb)
@@ -77,7 +80,12 @@ def load_policy(
         if disable_dropout:
             _zero_dropout(config)
         model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=_attention_of(config),
         )
     except (OSError, ValueError) as error:
         raise ConfigurationError(
@@ -85,6 +93,12 @@ def load_policy(
             f"{str(error).splitlines()[0]}"
         ) from error
     return CausalBackbone(model, logits_budget_mb)
+
+
+def _attention_of(config: PretrainedConfig) -> str:
+    # Only the eager attention caps its scores.
+    capped = config.get_text_config().to_dict().get("attn_logit_softcapping")
+    return "eager" if capped else register_segment_attention()
 
 
 def _zero_dropout(config: PretrainedConfig) -> None:

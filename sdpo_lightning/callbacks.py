@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from sdpo_lightning.backbone import save_hf, weights_digest
 from sdpo_lightning.data.curriculum import stage_of_epoch
-from sdpo_lightning.exactness import check_layout
+from sdpo_lightning.exactness import choose_layout
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.reference import read_table, score_pairs, write_table
@@ -79,8 +79,8 @@ class StageTransition(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
-        check_layout(pl_module.policy)
         data = trainer.datamodule
+        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
         if trainer.ckpt_path is not None:
             return
         if data.needs_ranking:
@@ -221,6 +221,8 @@ class StageTransition(pl.Callback):
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
+        data = trainer.datamodule
+        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
         index = max(pl_module.record.entered, 1)
         stage = Stage(index, "evaluation", ids, 1, 1, 0)
         inputs = ReferenceInputs(

@@ -1,53 +1,108 @@
-"""Rank 3: is our path from ids to logps exact for this model? One pair against the plain forward."""
+"""Rank 3: which layout is exact for this model? One pair against the model's plain forward."""
 
 from __future__ import annotations
 
+import logging
+from typing import Literal
+
 import torch
+from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone
-from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
+from sdpo_lightning.data.collate import (
+    PackedCollator,
+    PaddedCollator,
+    PreferenceCollator,
+    SharedPrefixCollator,
+    TokenizedPair,
+)
 from sdpo_lightning.logprobs import gather_logps, pair_logps
 from sdpo_lightning.types import ConfigurationError
 
+log = logging.getLogger(__name__)
 
-@torch.no_grad()
-def check_layout(backbone: CausalBackbone, tolerance: float = 1e-4) -> float:
-    """Compare completion logps of one short pair with those from the model's own full logits.
+LayoutName = Literal["shared_prefix", "packed", "padded"]
+
+_FALLBACKS: dict[LayoutName, tuple[LayoutName, ...]] = {
+    "shared_prefix": ("shared_prefix", "packed", "padded"),
+    "packed": ("packed", "padded"),
+    "padded": ("padded",),
+}
+# State runs along the row, or positions are read off it: one pair too short to show it may still look right.
+_ROWS_APART = {
+    "recurrent state": (
+        "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "recurrent_gemma",
+        "rwkv", "xlstm", "lfm2", "lfm2_moe", "qwen3_next", "nemotron_h", "granitemoehybrid", "minimax", "kimi_linear",
+    ),
+    "ALiBi": ("bloom", "mpt", "falcon"),
+    "prefix attention": ("prophetnet", "xlnet", "t5gemma"),
+}  # fmt: skip
+
+
+def choose_layout(backbone: CausalBackbone, wanted: LayoutName, pad_token_id: int) -> PreferenceCollator:
+    """The wanted layout if it is exact for this model, else the next that is, with a line that says why.
 
     Args:
         backbone: on its device, weights loaded.
-        tolerance: largest allowed difference of a summed logp, relative to max(1, |logp|).
-
-    Returns:
-        The largest relative difference.
+        wanted: `data.layout`.
+        pad_token_id: of the collator.
 
     Raises:
-        ConfigurationError: the model does more to its logits than its config says.
+        ConfigurationError: not even padded rows give the model's own logps.
     """
-    device = next(backbone.parameters()).device
+    collators = {"shared_prefix": SharedPrefixCollator, "packed": PackedCollator, "padded": PaddedCollator}
+    problem = ""
+    for name in _FALLBACKS[wanted]:
+        collator = collators[name](pad_token_id)
+        problem = layout_problem(backbone, collator)
+        if not problem:
+            log.info("layout: %s", name)
+            return collator
+        log.warning("layout %s isn't exact for %s: %s", name, type(backbone.model).__name__, problem)
+    raise ConfigurationError(f"{type(backbone.model).__name__} is not supported: {problem}")
+
+
+@torch.no_grad()
+def layout_problem(backbone: CausalBackbone, collator: PreferenceCollator, tolerance: float = 1e-4) -> str:
+    """Why a layout isn't exact for a model; empty if it is.
+
+    Args:
+        backbone: on its device, weights loaded.
+        collator: the layout.
+        tolerance: largest allowed difference of a summed logp in fp32, relative to max(1, |logp|).
+    """
+    kind = backbone.model.config.get_text_config().model_type
+    if not isinstance(collator, PaddedCollator):
+        for reason, kinds in _ROWS_APART.items():
+            if kind in kinds:
+                return f"{kind} has {reason}"
     was_training = backbone.training
     backbone.eval()
     try:
-        difference = max(_difference(backbone, device, cut) for cut in (2, 5))
+        difference = _difference(backbone, collator)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error).splitlines()[0]
     finally:
         backbone.train(was_training)
-    if difference > tolerance:
-        raise ConfigurationError(
-            f"{type(backbone.model).__name__}: logps from its head differ from its own logits by "
-            f"{difference:.1e} (allowed {tolerance:.0e}); this architecture is not supported"
-        )
-    return difference
+    return "" if difference <= tolerance else f"logps differ by {difference:.1e}, allowed {tolerance:.0e}"
 
 
-def _difference(backbone: CausalBackbone, device: torch.device, cut: int) -> float:
+def _difference(backbone: CausalBackbone, collator: PreferenceCollator) -> float:
+    device = next(backbone.parameters()).device
     vocab = backbone.model.config.get_text_config().vocab_size
-    ids = [(7 * i + 3) % vocab for i in range(12)]
-    pair = TokenizedPair(ids[:cut], ids[cut:8], ids[cut + 1 :])
-    batch = PreferenceCollator(0)([0], [pair], [1.0], 1).to(device)
+    ids = [(7 * i + 3) % vocab for i in range(24)]
+    pairs = [TokenizedPair(ids[:2], ids[2:8], ids[9:12]), TokenizedPair(ids[3:9], ids[10:12], ids[12:24])]
+    batch = collator([0, 1], pairs, [1.0, 1.0], 2).to(device)
     ours = pair_logps(backbone(batch), batch)
-    logits = backbone.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).logits.flatten(0, 1)
-    plain = pair_logps(gather_logps(logits[batch.source_index], batch.target_ids), batch)
-    pairs = ((ours.chosen, plain.chosen), (ours.rejected, plain.rejected))
-    return max(((a - b).abs() / b.abs().clamp(min=1)).max().item() for a, b in pairs)
+    worst = 0.0
+    for number, pair in enumerate(pairs):
+        for logps, completion in ((ours.chosen, pair.chosen_ids), (ours.rejected, pair.rejected_ids)):
+            plain = _plain_logp(backbone, pair.prompt_ids, completion, device)
+            worst = max(worst, ((logps[number] - plain).abs() / plain.abs().clamp(min=1)).item())
+    return worst if worst == worst else float("inf")
+
+
+def _plain_logp(backbone: CausalBackbone, prompt: list[int], completion: list[int], device: torch.device) -> Tensor:
+    ids = torch.tensor([prompt + completion], device=device)
+    logits = backbone.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return gather_logps(logits, ids[0, len(prompt) :]).sum()

@@ -43,7 +43,7 @@ class MetricsLog(pl.Callback):
         self.summaries: dict[int, StageSummary] = {}
         self.pairs_seen = 0.0
         self._step = 0
-        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._tokens = 0
         self._file: MetricsFile | None = None
         self._started = 0.0
 
@@ -74,7 +74,7 @@ class MetricsLog(pl.Callback):
         batch_idx: int,
     ) -> None:
         """After an optimizer step: log the means over its pairs."""
-        self._tokens = self._tokens + batch.attention_mask.sum().to(self._tokens.device)
+        self._tokens += batch.num_tokens
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -95,8 +95,8 @@ class MetricsLog(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, values: dict[str, float]
     ) -> dict[str, float]:
         now = time.perf_counter()
-        speed = self._tokens.item() * trainer.world_size / (now - self._started)
-        self._tokens.zero_()
+        speed = self._tokens * trainer.world_size / (now - self._started)
+        self._tokens = 0
         self._seconds, self._started = now - self._started, now
         steps = (pl_module.learning_rate, pl_module.grad_norm, self.pairs_seen, speed, float(peak_memory()))
         row: dict[str, float] = {"step": trainer.global_step, "stage/index": stage.index}

@@ -25,6 +25,10 @@ class SelfCheckError(RuntimeError):
     """The policy or the reference is not M_{t-1} at the first step of stage t. Exits with 1."""
 
 
+# (start, end, prefix_start, prefix_end) of each segment of a packed row; see `attention.py`.
+Segments = tuple[tuple[int, int, int, int], ...]
+
+
 @dataclass(eq=False)
 class PreferenceBatch:
     """One micro-batch of B preference pairs, in one form for every layout.
@@ -36,7 +40,7 @@ class PreferenceBatch:
     Attributes:
         input_ids: `[R, L]` int64.
         position_ids: `[R, L]` int64.
-        attention_mask: `[R, L]` int64, 1 for a real token.
+        attention_mask: `[R, L]` int64, 1 for a real token; None for packed rows.
         source_index: `[N]` int64, flat position in `[R * L]` that predicts each completion token.
         target_ids: `[N]` int64, the completion tokens of all 2B sequences.
         sequence_index: `[N]` int64 in 0..2B-1.
@@ -44,11 +48,13 @@ class PreferenceBatch:
         pair_id: `[B]` int64, unique over all sources.
         weights: `[B]` float32; 0 marks a filler pair, which no loss and no metric counts.
         step_pairs: real pairs of this optimizer step, over all ranks and micro-batches.
+        num_tokens: real tokens that the model runs on.
+        segments: of the packed row (R = 1); None for padded rows.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     source_index: Tensor
     target_ids: Tensor
     sequence_index: Tensor
@@ -56,6 +62,8 @@ class PreferenceBatch:
     pair_id: Tensor
     weights: Tensor
     step_pairs: int
+    num_tokens: int
+    segments: Segments | None = None
 
     @property
     def num_pairs(self) -> int:

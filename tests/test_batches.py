@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sdpo_lightning import DPOLitModule, PreferenceSource
 from sdpo_lightning.backbone import load_policy
-from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator, TokenizedPair, tokenize_pair
+from sdpo_lightning.data.collate import PaddedCollator, PairTokenizer, TokenizedPair, tokenize_pair
 from sdpo_lightning.data.curriculum import steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
 from sdpo_lightning.logprobs import pair_logps
@@ -135,7 +135,7 @@ def test_pad_as_eos_keeps_eos_scored(tiny_tokenizer):
     assert tokenizer.pad_token_id == eos
     tokenize = PairTokenizer(tokenizer, 32)
     pairs = [tokenize("w5", " w1", " w2 w3 w4 w6"), tokenize("w7 w8", " w9", "")]
-    batch = PreferenceCollator(eos)([0, 1], pairs, [1.0, 1.0], 2)
+    batch = PaddedCollator(eos)([0, 1], pairs, [1.0, 1.0], 2)
     # Each of the four completions ends in its own EOS, which is scored; no padding is.
     assert (batch.target_ids == eos).sum() == 4
     assert batch.completion_lengths.tolist() == [2, 2, 5, 1]
@@ -267,7 +267,7 @@ def make_pairs(count: int, seed: int = 0) -> list[TokenizedPair]:
 
 def test_collator_layout_by_hand():
     pairs = [TokenizedPair([5, 6], [7], [8, 9, 1]), TokenizedPair([4], [2, 3], [2])]
-    batch = PreferenceCollator(0)([70, 71], pairs, [1.0, 0.0], 9)
+    batch = PaddedCollator(0)([70, 71], pairs, [1.0, 0.0], 9)
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [4, 2, 3, 0, 0], [5, 6, 8, 9, 1], [4, 2, 0, 0, 0]]
     # Real tokens, 3, 3, 5 and 2 of them, come first.
     assert batch.attention_mask.tolist() == [[1] * n + [0] * (5 - n) for n in (3, 3, 5, 2)]
@@ -286,7 +286,7 @@ def test_collator_layout_by_hand():
 @given(st.integers(1, 6), st.integers(0, 10**6))
 def test_source_index_predicts_targets(count, seed):
     pairs = make_pairs(count, seed)
-    batch = PreferenceCollator(0)(range(count), pairs, [1.0] * count, count)
+    batch = PaddedCollator(0)(range(count), pairs, [1.0] * count, count)
     assert torch.equal(batch.input_ids.flatten()[batch.source_index + 1], batch.target_ids)
     sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     for sequence, completion in enumerate(sides):
@@ -310,9 +310,9 @@ def logps_of(backbone, batch) -> PairLogps:
 @torch.no_grad()
 def test_batch_mates_never_change_logps(backbone):
     pairs = [*make_pairs(5), TokenizedPair(list(range(2, 30)), list(range(30, 60)), [2] * 40)]
-    together = logps_of(backbone, PreferenceCollator(0)(range(6), pairs, [1.0] * 6, 6))
+    together = logps_of(backbone, PaddedCollator(0)(range(6), pairs, [1.0] * 6, 6))
     for index, pair in enumerate(pairs):
-        alone = logps_of(backbone, PreferenceCollator(1)([index], [pair], [1.0], 1))
+        alone = logps_of(backbone, PaddedCollator(1)([index], [pair], [1.0], 1))
         for side in ("chosen", "rejected"):
             ours, theirs = getattr(together, side)[index].item(), getattr(alone, side)[0].item()
             assert ours == pytest.approx(theirs, abs=1e-5 * max(1.0, abs(theirs)))
@@ -321,7 +321,7 @@ def test_batch_mates_never_change_logps(backbone):
 @torch.no_grad()
 def test_logps_equal_those_of_the_plain_model(backbone):
     for pair in make_pairs(3, seed=4):
-        found = logps_of(backbone, PreferenceCollator(0)([0], [pair], [1.0], 1))
+        found = logps_of(backbone, PaddedCollator(0)([0], [pair], [1.0], 1))
         for side, completion in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
             ids = torch.tensor([pair.prompt_ids + completion])
             table = backbone.model(input_ids=ids).logits[0].double().log_softmax(-1)
@@ -349,7 +349,7 @@ def store() -> PairStore:
 
 def loaders(store, ids, batch_size, world_size, accumulate, max_batches=None) -> list[StageLoader]:
     return [
-        StageLoader(store, PreferenceCollator(0), ids, batch_size, rank, world_size, accumulate, max_batches)
+        StageLoader(store, PaddedCollator(0), ids, batch_size, rank, world_size, accumulate, max_batches)
         for rank in range(world_size)
     ]
 
@@ -544,7 +544,7 @@ def test_gradient_of_a_global_batch_doesnt_depend_on_micro_batches(
         for batch in micro_batches:
             ((losses_of(backbone, batch) * batch.weights).sum() / batch.step_pairs).backward()
         found = gradients(backbone)
-        whole = PreferenceCollator(0)(step, store.get(step), [1.0] * len(step), len(step))
+        whole = PaddedCollator(0)(step, store.get(step), [1.0] * len(step), len(step))
         losses = losses_of(backbone, whole)
         # Neither saturated nor all alike, or the comparison would say little.
         assert losses.max() - losses.min() > 0.1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import get_scheduler
 
-from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
+from sdpo_lightning.data.collate import PaddedCollator, TokenizedPair
 from sdpo_lightning.logprobs import gather_logps, pair_logps, token_logps
 from sdpo_lightning.losses import dpo_loss, implicit_rewards
 from sdpo_lightning.schedules import learning_rate_factor, warmup_steps
@@ -122,7 +122,7 @@ TOKENS = 10
 
 @pytest.fixture
 def batch():
-    return PreferenceCollator(0)([0, 1], PAIRS, [1.0, 1.0], 2)
+    return PaddedCollator(0)([0, 1], PAIRS, [1.0, 1.0], 2)
 
 
 class Tied(nn.Module):

@@ -8,11 +8,13 @@ go by position, never by token id, so that pad == eos keeps a real EOS in the lo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
@@ -147,16 +149,17 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
-@dataclass(frozen=True)
-class PreferenceCollator:
-    """Ids of pairs -> one `PreferenceBatch` of right-padded rows `[2B, L]`, chosen rows first.
+class PreferenceCollator(ABC):
+    """Ids of pairs -> one `PreferenceBatch`; a subclass is a layout.
 
-    Attributes:
-        pad_token_id: fills the masked positions; any valid id, no loss ever sees it.
+    Args:
+        pad_token_id: fills masked positions; any valid id, no loss ever sees it.
     """
 
-    pad_token_id: int
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
 
+    @abstractmethod
     def __call__(
         self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
     ) -> PreferenceBatch:
@@ -168,28 +171,125 @@ class PreferenceCollator:
             weights: B numbers, 0 for filler pairs.
             step_pairs: real pairs of the whole optimizer step.
         """
+
+
+class PaddedCollator(PreferenceCollator):
+    """Right-padded rows `[2B, L]`, chosen rows first. Exact for every model."""
+
+    def __call__(
+        self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
+    ) -> PreferenceBatch:
+        """Build a micro-batch; see `PreferenceCollator`."""
         sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
         length = max(len(prompt) + len(completion) for prompt, completion in sides)
         input_ids = torch.full((len(sides), length), self.pad_token_id)
         attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
-        sources, targets = [], []
+        builder = _Completions(2 * len(pairs))
         for row, (prompt, completion) in enumerate(sides):
             ids = torch.tensor(prompt + completion)
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
-            first = row * length + len(prompt) - 1
-            sources.append(torch.arange(first, first + len(completion)))
-            targets.append(ids[len(prompt) :])
-        lengths = torch.tensor([len(completion) for _, completion in sides])
+            first = row * length + len(prompt)
+            builder.add(row, first - 1, first, completion)
         return PreferenceBatch(
             input_ids=input_ids,
             position_ids=torch.arange(length).expand(len(sides), length).contiguous(),
             attention_mask=attention_mask,
-            source_index=torch.cat(sources),
-            target_ids=torch.cat(targets),
-            sequence_index=torch.repeat_interleave(torch.arange(len(sides)), lengths),
-            completion_lengths=lengths,
+            **builder.tensors(),
             pair_id=torch.tensor(pair_ids, dtype=torch.long),
             weights=torch.tensor(weights, dtype=torch.float32),
             step_pairs=step_pairs,
+            num_tokens=int(attention_mask.sum()),
         )
+
+
+class PackedCollator(PreferenceCollator):
+    """One row without padding: each completion behind a prompt of its own, as separate segments."""
+
+    def __call__(
+        self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
+    ) -> PreferenceBatch:
+        """Build a micro-batch; see `PreferenceCollator`."""
+        row = _Row(len(pairs))
+        for number, pair in enumerate(pairs):
+            self.add_pair(row, number, number + len(pairs), pair)
+        return PreferenceBatch(
+            input_ids=torch.tensor([row.ids]),
+            position_ids=torch.tensor([row.positions]),
+            attention_mask=None,
+            **row.completions.tensors(),
+            pair_id=torch.tensor(pair_ids, dtype=torch.long),
+            weights=torch.tensor(weights, dtype=torch.float32),
+            step_pairs=step_pairs,
+            num_tokens=len(row.ids),
+            segments=tuple(row.segments),
+        )
+
+    def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
+        """Append one pair, whose completions are the sequences `chosen` and `rejected`."""
+        row.add(chosen, pair.prompt_ids, pair.chosen_ids)
+        row.add(rejected, pair.prompt_ids, pair.rejected_ids)
+
+
+class SharedPrefixCollator(PackedCollator):
+    """One row without padding: the prompt once, and both completions behind it (arXiv 2410.20305)."""
+
+    def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
+        """Append prompt and chosen completion, then the rejected one, which attends to the same prompt."""
+        start = row.add(chosen, pair.prompt_ids, pair.chosen_ids)
+        row.add_behind(rejected, start, len(pair.prompt_ids), pair.rejected_ids)
+
+
+class _Completions:
+    """Which position predicts which token of which sequence."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sources: list[int] = []
+        self._targets: list[int] = []
+        self._sequences: list[int] = []
+        self._lengths = [0] * sequences
+
+    def add(self, sequence: int, predictor: int, first: int, completion: list[int]) -> None:
+        """A completion that stands at `first`, its first token predicted from `predictor`."""
+        self._sources += [predictor, *range(first, first + len(completion) - 1)]
+        self._targets += completion
+        self._sequences += [sequence] * len(completion)
+        self._lengths[sequence] = len(completion)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Fields of `PreferenceBatch`."""
+        return {
+            "source_index": torch.tensor(self._sources),
+            "target_ids": torch.tensor(self._targets),
+            "sequence_index": torch.tensor(self._sequences),
+            "completion_lengths": torch.tensor(self._lengths),
+        }
+
+
+class _Row:
+    """A packed row in the making."""
+
+    def __init__(self, pairs: int) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[tuple[int, int, int, int]] = []
+        self.completions = _Completions(2 * pairs)
+
+    def add(self, sequence: int, prompt: list[int], completion: list[int]) -> int:
+        """Prompt and completion as a segment of their own; returns where it starts."""
+        start = len(self.ids)
+        self.ids += prompt + completion
+        self.positions += range(len(prompt) + len(completion))
+        self.segments.append((start, len(self.ids), start, start))
+        first = start + len(prompt)
+        self.completions.add(sequence, first - 1, first, completion)
+        return start
+
+    def add_behind(self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int]) -> None:
+        """A completion behind a prompt that stands earlier in the row."""
+        start = len(self.ids)
+        self.ids += completion
+        self.positions += range(prompt_length, prompt_length + len(completion))
+        prompt_end = prompt_start + prompt_length
+        self.segments.append((start, len(self.ids), prompt_start, prompt_end))
+        self.completions.add(sequence, prompt_end - 1, start, completion)

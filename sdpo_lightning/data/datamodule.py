@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
+from sdpo_lightning.data.collate import PaddedCollator, PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import (
     chunk_pooled,
     chunks_by_source,
@@ -30,6 +30,7 @@ from sdpo_lightning.data.curriculum import (
 from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
 from sdpo_lightning.data.prepare import PrepareRules, SourceReport, prepare_source
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.exactness import LayoutName
 from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable, PairLogps, Stage
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
         batch_size: pairs per rank and micro-batch.
         max_length: most tokens of prompt + completion.
+        layout: `shared_prefix`, `packed` or `padded`; where one isn't exact for the model, the next is taken.
         shuffle: shuffle the pairs of a stage anew each epoch.
         seed: of shuffling, pooling and splitting.
         on_bad_row: `drop` and count, or `error`.
@@ -71,6 +73,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         epochs_per_stage: int | dict[str, int] = 1,
         batch_size: int = 4,
         max_length: int = 1024,
+        layout: LayoutName = "shared_prefix",
         shuffle: bool = True,
         seed: int = 0,
         on_bad_row: Literal["drop", "error"] = "drop",
@@ -88,6 +91,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.epochs_per_stage = epochs_per_stage
         self.batch_size = batch_size
         self.max_length = max_length
+        self.layout: LayoutName = layout
         self.shuffle = shuffle
         self.seed = seed
         self.on_bad_row = on_bad_row
@@ -131,7 +135,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.reports = {report.name: report for report, _ in prepared}
         self.store = PairStore([part for _, parts in prepared for part in parts])
         pad = self.tokenizer.pad_token_id
-        self._collator = PreferenceCollator(pad if pad is not None else 0)
+        self.pad_token_id = pad if pad is not None else 0
+        # Until the model is there to say whether `layout` is exact for it.
+        self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         name = self.tokenizer_name
@@ -229,13 +235,9 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
-        hidden = ("train_ids", "val_ids")
         return {
             "order": self.source_order,
-            "sources": [
-                {key: value for key, value in vars(report).items() if key not in hidden}
-                for report in self.reports.values()
-            ],
+            "sources": [report.row() for report in self.reports.values()],
             "stages": [
                 {
                     "index": stage.index,
@@ -289,7 +291,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         return StageLoader(
             self.store,
-            self._collator,
+            self.collator,
             ids,
             self.batch_size,
             rank=self.trainer.global_rank,
@@ -320,15 +322,11 @@ class CurriculumDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The decided chunks and the scores behind them, as plain values and tensors."""
         chunks = self._chunks or []
-        scores = {
-            name: [r.reward_accuracy, r.standard_error, r.mean_logps_accuracy, r.mean_logps_standard_error]
-            for name, r in self.reports.items()
-        }
         return {
             "source_order": list(self.source_order),
             "chunk_names": [chunk.name for chunk in chunks],
             "chunk_ids": [torch.tensor(chunk.pair_ids) for chunk in chunks],
-            "scores": scores,
+            "scores": {name: report.scores() for name, report in self.reports.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,9 +336,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.source_order = list(state_dict["source_order"])
         for name, row in state_dict["scores"].items():
             if name in self.reports:
-                report = self.reports[name]
-                report.reward_accuracy, report.standard_error = row[:2]
-                report.mean_logps_accuracy, report.mean_logps_standard_error = row[2:]
+                self.reports[name].take_scores(row)
 
 
 def _gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:

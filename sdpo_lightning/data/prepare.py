@@ -35,6 +35,19 @@ class SourceReport:
     train_ids: list[int] = field(default_factory=list, repr=False)
     val_ids: list[int] = field(default_factory=list, repr=False)
 
+    def row(self) -> dict[str, Any]:
+        """What `curriculum.json` says of the source."""
+        return {key: value for key, value in vars(self).items() if key not in ("train_ids", "val_ids")}
+
+    def scores(self) -> dict[str, float | None]:
+        """The figures of the ranking, for a checkpoint."""
+        return {key: value for key, value in self.row().items() if key.endswith(("accuracy", "error"))}
+
+    def take_scores(self, scores: Mapping[str, float | None]) -> None:
+        """Take over the figures of a checkpoint."""
+        for key, value in scores.items():
+            setattr(self, key, value)
+
 
 @dataclass(frozen=True)
 class PrepareRules:
