@@ -11,7 +11,7 @@ _HOMES = {
     "CurriculumDataModule": "data.datamodule",
     "PreferenceSource": "data.sources",
     "StageTransition": "callbacks",
-    "StageExport": "callbacks",
+    "StageExport": "export",
     "StageCheckpoint": "checkpoint",
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -79,19 +80,26 @@ def load_policy(
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
         if disable_dropout:
             _zero_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=_attention_of(config),
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigurationError(
             f"`model.model_name_or_path`: no causal LM with safetensors weights at {model_name_or_path!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:
+        raise ConfigurationError(
+            f"`model.model_name_or_path`: {model_name_or_path!r} lacks {len(absent)} of the model's weights, "
+            f"{absent[0]} first; they would be random"
+        )
     return CausalBackbone(model, logits_budget_mb)
 
 

@@ -1,4 +1,4 @@
-"""Rank 4: the stage boundary, and the export of M_t.
+"""Rank 5: the stage boundary.
 
 Order at a boundary: the last epoch of stage t-1 ends and is checkpointed -> Lightning asks for the loader of
 stage t -> on its first batch: export of M_{t-1} -> the reference advances -> fresh optimizer and schedule ->
@@ -15,12 +15,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sdpo_lightning.backbone import save_hf, weights_digest
+from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.checks import check_run_dir, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import choose_layout
+from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
-from sdpo_lightning.reference import read_table, score_pairs, write_table
+from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.types import (
     ConfigurationError,
     PreferenceBatch,
@@ -57,7 +59,7 @@ class StageTransition(pl.Callback):
         trainer.num_sanity_val_steps = 0
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
-        _check_trainer(trainer)
+        check_trainer(trainer)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, self._expected_epochs(trainer))
 
@@ -79,32 +81,46 @@ class StageTransition(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
+        check_run_dir(trainer, pl_module)
         data = trainer.datamodule
         data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
         if trainer.ckpt_path is not None:
             return
-        if data.needs_ranking:
+        if data.needs_ranking and not trainer.fast_dev_run:
             log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
-            batches = data.batches(data.ranking_ids())
-            pl_module.m0_logps = score_pairs(pl_module.policy, batches, pl_module.score)
-            if trainer.is_global_zero:
-                digest = pl_module.record.digests[0]
-                write_table(_m0_path(trainer), pl_module.m0_logps, digest)
+            inputs = self._m0_inputs(trainer, pl_module)
+            pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
+            if trainer.is_global_zero and trainer.limit_train_batches:
+                write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs))
             trainer.strategy.barrier("m0_logps")
         data.rank(pl_module.m0_logps)
+
+    @staticmethod
+    def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:
+        data, ids = trainer.datamodule, trainer.datamodule.ranking_ids()
+        return ReferenceInputs(
+            batches=data.batches(ids),
+            rows_digest=lambda: data.store.digest(ids),
+            policy_digest=pl_module.record.digests[0],
+            folder=run_dir(trainer) / "references",
+        )
+
+    def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.datamodule.needs_ranking:
+            key = cache_key(self._m0_inputs(trainer, pl_module))
+            pl_module.m0_logps = read_table(_m0_path(trainer), key)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
         data = trainer.datamodule
         stages = data.stages()
-        total = sum(stage.epochs for stage in stages)
         if data.merge_ties:
-            trainer.fit_loop.max_epochs = total
-        if trainer.is_global_zero:
+            self._set_epochs(trainer, sum(stage.epochs for stage in stages))
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
         record = pl_module.record
         if record.entered:
-            pl_module.m0_logps = read_table(_m0_path(trainer), record.digests[0])
+            self._read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
             inputs = self._inputs(trainer, pl_module, pl_module.stage)
             pl_module.reference.restore(
@@ -148,7 +164,7 @@ class StageTransition(pl.Callback):
         ids = trainer.datamodule.reference_ids(stage)
         return ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
-            rows_digest=trainer.datamodule.store.digest(ids),
+            rows_digest=lambda: trainer.datamodule.store.digest(ids),
             policy_digest=pl_module.record.digests[stage.index - 1],
             folder=run_dir(trainer) / "references",
             known=pl_module.m0_logps if stage.index == 1 else None,
@@ -205,9 +221,8 @@ class StageTransition(pl.Callback):
         if trainer.fast_dev_run:
             return
         stages = trainer.datamodule.stages()
-        done = trainer.fit_loop.epoch_progress.current.processed
-        if done >= stages[-1].first_epoch + stages[-1].epochs:
-            exporter(trainer).export(trainer, pl_module, pl_module.stage)
+        if _is_complete(trainer, stages) and trainer.is_last_batch:
+            exporter(trainer).export(trainer, pl_module, stages[-1])
             return
         stage = pl_module.stage or stages[0]
         log.warning(
@@ -218,16 +233,27 @@ class StageTransition(pl.Callback):
             stage.index,
         )
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that ended between its last checkpoint and the export of M_T is resumed without a step: export."""
+        data = trainer.datamodule
+        if trainer.ckpt_path is None or trainer.fast_dev_run or not data.is_ranked:
+            return
+        stages = data.stages()
+        folder = run_dir(trainer) / "stages" / stages[-1].folder_name
+        if pl_module.stage is None and _is_complete(trainer, stages) and not folder.exists():
+            exporter(trainer).export(trainer, pl_module, stages[-1])
+
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
         data = trainer.datamodule
         data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
+        self._read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
         stage = Stage(index, "evaluation", ids, 1, 1, 0)
         inputs = ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
-            rows_digest=trainer.datamodule.store.digest(ids),
+            rows_digest=lambda: trainer.datamodule.store.digest(ids),
             policy_digest=pl_module.record.digests[index - 1],
             folder=run_dir(trainer) / "references" / "evaluation",
         )
@@ -247,36 +273,6 @@ class StageTransition(pl.Callback):
         self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
 
 
-class StageExport(pl.Callback):
-    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`."""
-
-    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Write M_t, the policy at this moment, and record its digest.
-
-        Args:
-            trainer: gives the run directory.
-            pl_module: holds the policy and the record.
-            stage: the stage that has ended.
-        """
-        folder = Path("stages") / stage.folder_name
-        pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
-        pl_module.record.folders[stage.index] = str(folder)
-        if trainer.is_global_zero:
-            save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
-        trainer.strategy.barrier("export")
-        log.info("M_%d written to %s", stage.index, folder)
-
-
-def exporter(trainer: pl.Trainer) -> StageExport:
-    """The run's StageExport, or of a subclass."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, StageExport))
-
-
-def run_dir(trainer: pl.Trainer) -> Path:
-    """Where the run leaves its files."""
-    return Path(trainer.default_root_dir)
-
-
 def _m0_path(trainer: pl.Trainer) -> Path:
     return run_dir(trainer) / "references" / "m0.safetensors"
 
@@ -285,16 +281,5 @@ def _is_fp32(pl_module: pl.LightningModule) -> bool:
     return str(pl_module.trainer.precision) == "32-true"
 
 
-def _check_trainer(trainer: pl.Trainer) -> None:
-    if trainer.overfit_batches > 0:
-        raise ConfigurationError(
-            "`trainer.overfit_batches` would train every stage on the same batches; use `limit` of `data.sources`"
-        )
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) and trainer.datamodule.val_names and not trainer.fast_dev_run:
-        shortest = trainer.datamodule.shortest_epoch()
-        if interval > shortest and trainer.check_val_every_n_epoch is not None:
-            raise ConfigurationError(
-                f"`trainer.val_check_interval` is {interval} batches, but the shortest stage has {shortest}; "
-                f"use at most {shortest}, or a share such as 0.5"
-            )
+def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:
+    return trainer.fit_loop.epoch_progress.current.processed >= stages[-1].first_epoch + stages[-1].epochs

@@ -53,6 +53,7 @@ class StageCheckpoint(ModelCheckpoint):
         )
         self._deferred: list[Any] | None = None
         self._deferred_validation = False
+        self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save beside the run's other files, whatever the logger."""
@@ -63,11 +64,17 @@ class StageCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless the epoch ends here."""
+        """Save, unless the epoch ends here; never between the micro-batches of a step: their gradient isn't saved."""
         if trainer.is_last_batch:
             self._deferred = [outputs, batch, batch_idx]
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+            assert self.dirpath is not None
+            trainer.save_checkpoint(Path(self.dirpath) / f"stopped-step={trainer.global_step}.ckpt")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the epoch ends here."""
@@ -77,7 +84,9 @@ class StageCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what was due, then what is due at an epoch's end."""
+        """Save what was due, then what is due at an epoch's end; not after a stop inside the epoch."""
+        if not trainer.is_last_batch:
+            return
         deferred, self._deferred = self._deferred, None
         validated, self._deferred_validation = self._deferred_validation, False
         if deferred is not None:

@@ -1,4 +1,4 @@
-"""Rank 6: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
+"""Rank 7: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused.
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from sdpo_lightning.data.datamodule import CurriculumDataModule
@@ -170,6 +171,9 @@ class CurriculumCLI(LightningCLI):
         """
         if self.config[self.subcommand].trainer.default_root_dir is None:
             raise ConfigurationError("`trainer.default_root_dir` is missing: the folder for all that the run leaves")
+        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        if checkpoint is not None and not Path(checkpoint).exists():
+            raise ConfigurationError(f"`ckpt_path`: there is no {checkpoint!r}")
 
 
 def main(
@@ -200,7 +204,7 @@ def main(
             run_demo(words[1:])
         else:
             CurriculumCLI(model_class, datamodule_class, args)
-    except ConfigurationError as error:
+    except (ConfigurationError, MisconfigurationException) as error:
         _stop(error, 2)
     except ResumeError as error:
         _stop(error, 3)

@@ -1,4 +1,4 @@
-"""Rank 7: `sdpo-lightning demo`: stepwise DPO on a generated language whose true preference is known.
+"""Rank 8: `sdpo-lightning demo`: stepwise DPO on a generated language whose true preference is known.
 
 Makes a tiny SFT model and three sources, runs the main job and plain pooled DPO through the command line, and
 measures M_0, every M_t and the pooled model on held-out pairs. Fails if nothing was learned.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ def run_demo(words: Sequence[str]) -> None:
     inputs = root / "inputs"
     # Matrices this small only wait for a second thread.
     torch.set_num_threads(1)
+    # A run's folder holds one run; the demo's is its own.
+    shutil.rmtree(root, ignore_errors=True)
     print(f"making a tiny SFT model and three sources in {inputs}", flush=True)
     write_inputs(inputs, seed=options.seed, control=options.control)
     _fit(root, inputs, [])

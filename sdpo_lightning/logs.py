@@ -61,7 +61,7 @@ class MetricsLog(pl.Callback):
         self._step = trainer.global_step
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             path = Path(trainer.default_root_dir) / "metrics.csv"
             self._file = MetricsFile(path, _columns(trainer.datamodule.val_names), trainer.global_step)
 
@@ -130,7 +130,7 @@ class MetricsLog(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rewrite `summary.json`."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             rows = [asdict(summary) for summary in self.summaries.values()]
             write_json(Path(trainer.default_root_dir) / "summary.json", {"stages": rows})
 

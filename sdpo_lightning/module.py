@@ -1,4 +1,4 @@
-"""Rank 5: policy + reference + one training step."""
+"""Rank 6: policy + reference + one training step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
-from sdpo_lightning.callbacks import StageExport, StageTransition
+from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.checkpoint import StageCheckpoint
+from sdpo_lightning.export import StageExport
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
@@ -268,6 +269,8 @@ class DPOLitModule(pl.LightningModule):
         Raises:
             ResumeError: the checkpoint is of another S.
         """
+        if "stage_record" not in checkpoint:
+            raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
         record = StageRecord(**checkpoint["stage_record"])
         if self.record.digests and self.record.digests[0] != record.digests[0]:
             raise ResumeError(
@@ -281,7 +284,8 @@ class DPOLitModule(pl.LightningModule):
 def _refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         plain = type(callback) is ModelCheckpoint
-        default = plain and callback.monitor is None and callback.dirpath is None and callback.every_n_epochs == 1
+        given = (callback.monitor, callback.dirpath, callback.filename, callback.save_last)
+        default = plain and not any(given) and callback.save_top_k == callback.every_n_epochs == 1
         if plain and not default:
             raise ConfigurationError(
                 "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "

@@ -185,7 +185,7 @@ def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
 
 def cache_key(inputs: ReferenceInputs) -> str:
     """sha256 over all that cached logps depend on: weights, tokenised rows in order, schema."""
-    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest}"
+    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

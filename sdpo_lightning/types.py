@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -212,14 +212,14 @@ class ReferenceInputs:
 
     Attributes:
         batches: each pair of the chunk and each held-out pair once, unshuffled, this rank's share.
-        rows_digest: sha256 over the tokenised rows of `batches` in order.
+        rows_digest: gives the sha256 over the tokenised rows of `batches` in order; slow, so only where needed.
         policy_digest: sha256 of the weights that the reference takes over, the recorded M_{t-1}.
         folder: where caches are kept, in the run directory.
         known: logps of M_0 where they were computed for the ranking; None from stage 2 on.
     """
 
     batches: Iterable[PreferenceBatch]
-    rows_digest: str
+    rows_digest: Callable[[], str]
     policy_digest: str
     folder: Path
     known: LogpTable | None = None

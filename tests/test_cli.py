@@ -125,9 +125,10 @@ def test_stages_and_merge_ties(tmp_path, arguments):
 
 
 def test_fast_dev_run_is_one_batch_and_no_export(tmp_path, arguments):
-    main(["fit", *arguments, "--trainer.fast_dev_run=true"])
-    assert not (tmp_path / "run" / "stages").exists()
-    assert len(metrics(tmp_path / "run")) == 1
+    cli = CurriculumCLI(args=["fit", *arguments, "--trainer.fast_dev_run=true"])
+    assert cli.trainer.global_step == 1
+    # It leaves nothing, so that it may be tried in a run's own folder.
+    assert not (tmp_path / "run").exists()
 
 
 def test_limit_and_accumulation_enter_the_steps(tmp_path, arguments):
@@ -163,6 +164,10 @@ def with_source(arguments, path, **more):
         (["--data.stages=[[a]]"], "`data.stages` must name each source once"),
         (["--data.tokenizer=/nowhere"], "`data.tokenizer`"),
         (["--model.beta=0"], "`model.beta` is 0"),
+        (["--trainer.precision=bf16-true"], "`trainer.precision` is 'bf16-true'"),
+        (["--data.epochs_per_stage={aa: 3}"], "`data.epochs_per_stage` holds 'aa'"),
+        (["--data.partition=pooled", "--data.stages=[[a, b]]"], "`data.stages` has no meaning"),
+        (["--ckpt_path=/nowhere.ckpt"], "`ckpt_path`: there is no"),
         (["--data.on_bad_row=error", "--data.max_length=3"], "row 1: prompt_too_long"),
     ],
 )

@@ -231,12 +231,12 @@ def test_a_stage_without_a_step_is_refused(pair_ids, steps):
     st.integers(0, 2**31),
 )
 def test_split_by_prompt(prompts, fraction, seed):
-    held = split_by_prompt(prompts, fraction, seed)
+    held = one_split(prompts, fraction, seed)
     assert len(held) == len(prompts)
     inside = {prompt for prompt, is_held in zip(prompts, held, strict=True) if is_held}
     outside = {prompt for prompt, is_held in zip(prompts, held, strict=True) if not is_held}
     assert not inside & outside
-    assert split_by_prompt(prompts, fraction, seed) == held
+    assert one_split(prompts, fraction, seed) == held
     # The share is reached, and not by a prompt too many.
     assert sum(held) >= fraction * len(prompts)
     if inside:
@@ -248,9 +248,24 @@ def test_split_by_prompt(prompts, fraction, seed):
 
 def test_split_by_prompt_holds_the_share_and_follows_the_seed():
     prompts = [f"p{n}" for n in range(100)]
-    assert split_by_prompt(prompts, 0.0, 1) == [False] * 100
-    assert sum(split_by_prompt(prompts, 0.2, 1)) == 20
-    assert split_by_prompt(prompts, 0.2, 1) != split_by_prompt(prompts, 0.2, 2)
+    assert one_split(prompts, 0.0, 1) == [False] * 100
+    assert sum(one_split(prompts, 0.2, 1)) == 20
+    assert one_split(prompts, 0.2, 1) != one_split(prompts, 0.2, 2)
     # More of the same shuffle holds what less of it held.
-    few, many = (split_by_prompt(prompts, fraction, 1) for fraction in (0.1, 0.3))
+    few, many = (one_split(prompts, fraction, 1) for fraction in (0.1, 0.3))
     assert all(later for earlier, later in zip(few, many, strict=True) if earlier)
+
+
+def one_split(prompts, fraction, seed):
+    return split_by_prompt({"x": prompts}, fraction, seed)["x"]
+
+
+def test_split_by_prompt_agrees_over_sources():
+    first = [f"p{n}" for n in range(20)]
+    second = [f"p{n}" for n in range(10, 40)]
+    held = split_by_prompt({"first": first, "second": second}, 0.25, 3)
+    sides = {}
+    for name, prompts in (("first", first), ("second", second)):
+        for prompt, is_held in zip(prompts, held[name], strict=True):
+            assert sides.setdefault(prompt, is_held) == is_held
+        assert sum(held[name]) >= 0.25 * len(prompts)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from helpers import make_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from runs import fit
+from safetensors.torch import load_file, save_file
 
 from sdpo_lightning import (
     CurriculumDataModule,
@@ -22,7 +24,7 @@ from sdpo_lightning import (
     StageTransition,
 )
 from sdpo_lightning.cli import CurriculumCLI
-from sdpo_lightning.types import ConfigurationError
+from sdpo_lightning.types import ConfigurationError, ResumeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,11 +106,40 @@ def test_resume_does_not_rank(tmp_path, tiny_model_dir, sources, caplog):
     assert "scoring 18 pairs by M_0" in caplog.text
     before = json.loads((tmp_path / "curriculum.json").read_text())
     caplog.clear()
-    [checkpoint] = (tmp_path / "checkpoints").glob("*.ckpt")
+    [checkpoint] = (tmp_path / "checkpoints").glob("stopped-step=4.ckpt")
     fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint, order="easy_to_hard")
     assert "scoring" not in caplog.text
     assert json.loads((tmp_path / "curriculum.json").read_text()) == before
     assert len(list((tmp_path / "stages").iterdir())) == 3
+
+
+def test_resume_refuses_another_plan_or_other_rows(tmp_path, tiny_model_dir, sources):
+    fit(tmp_path, tiny_model_dir, sources, trainer_args={"max_steps": 4})
+    [checkpoint] = (tmp_path / "checkpoints").glob("stopped-step=4.ckpt")
+    with pytest.raises(ResumeError, match="data.seed: 0 -> 1"):
+        fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint, seed=1)
+    with pytest.raises(ResumeError, match="data.batch_size x processes: 2 -> 3"):
+        fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint, batch_size=3)
+    path = Path(sources[0].path)
+    path.write_text(path.read_text().replace("w1", "w3", 1))
+    with pytest.raises(ResumeError, match="tokenised rows of data.sources"):
+        fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint)
+
+
+def test_a_run_folder_holds_one_run(tmp_path, tiny_model_dir, sources):
+    fit(tmp_path, tiny_model_dir, sources)
+    with pytest.raises(ConfigurationError, match="models of an earlier run"):
+        fit(tmp_path, tiny_model_dir, sources)
+
+
+def test_missing_weights_are_not_made_up(tmp_path, tiny_model_dir, sources):
+    folder = tmp_path / "headless"
+    shutil.copytree(tiny_model_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="lm_head.weight"):
+        fit(tmp_path / "run", folder, sources)
 
 
 def test_readme_python_example(tmp_path, tiny_model_dir, sources):

@@ -34,7 +34,7 @@ def test_one_run_equals_chained_runs_bit_for_bit(tmp_path, tiny_model_dir, sourc
     start, chained = tiny_model_dir, []
     for index, source in enumerate(sources, 1):
         run_dir = tmp_path / f"chain-{index}"
-        fit(run_dir, start, [source], shuffle=shuffle, epochs_per_stage=epochs)
+        fit(run_dir, start, [source], shuffle=shuffle, epochs_per_stage=epochs.get(source.name, 1))
         start = run_dir / "stages" / f"01-{source.name}"
         chained += losses(run_dir)
         assert_same_weights(tmp_path / "one" / "stages" / f"0{index}-{source.name}", start)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdpo_lightning.types import Chunk, ConfigurationError, Stage
+from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage
 
 log = logging.getLogger(__name__)
 
@@ -185,27 +185,103 @@ def stage_of_epoch(stages: Sequence[Stage], epoch: int) -> Stage:
     return stages[-1]
 
 
-def split_by_prompt(prompts: Sequence[str], fraction: float, seed: int) -> list[bool]:
-    """Choose held-out pairs such that no prompt stands on both sides.
+def split_by_prompt(
+    prompts: Mapping[str, Sequence[str]], fraction: float, seed: int
+) -> dict[str, list[bool]]:
+    """Choose held-out pairs such that no prompt stands on both sides, in whatever source.
 
     Args:
-        prompts: one a pair; equal prompts stay together.
-        fraction: wanted share of pairs; whole prompts are taken until it is reached.
+        prompts: source name -> one prompt a pair.
+        fraction: wanted share of each source's pairs; whole prompts are taken until it is reached.
         seed: of the choice.
 
     Returns:
-        True for each held-out pair.
+        Source name -> True for each held-out pair.
     """
-    wanted = fraction * len(prompts)
-    sizes: dict[str, int] = {}
-    for prompt in prompts:
-        sizes[prompt] = sizes.get(prompt, 0) + 1
-    unique = list(sizes)
     held: set[str] = set()
-    count = 0
-    for index in _shuffled(range(len(unique)), seed):
-        if count >= wanted:
-            break
-        held.add(unique[index])
-        count += sizes[unique[index]]
-    return [prompt in held for prompt in prompts]
+    for texts in prompts.values():
+        sizes: dict[str, int] = {}
+        for text in texts:
+            sizes[text] = sizes.get(text, 0) + 1
+        wanted = fraction * len(texts) - sum(size for text, size in sizes.items() if text in held)
+        unique = list(sizes)
+        for index in _shuffled(range(len(unique)), seed):
+            if wanted <= 0:
+                break
+            if unique[index] not in held:
+                held.add(unique[index])
+                wanted -= sizes[unique[index]]
+    return {name: [text in held for text in texts] for name, texts in prompts.items()}
+
+
+def stage_names(partition: Literal["by_source", "pooled", "random"], groups: Sequence[Sequence[str]]) -> list[str]:
+    """Names of the stages in whatever order they will run, unless ties are merged."""
+    if partition == "pooled":
+        return ["pooled"]
+    if partition == "random":
+        return [f"random-{index}" for index in range(1, len(groups) + 1)]
+    return ["+".join(group) for group in groups]
+
+
+def epochs_of(setting: int | Mapping[str, int], name: str) -> int:
+    """Passes over the chunk of that name; "*" stands for the names that aren't given."""
+    return setting if isinstance(setting, int) else setting.get(name, setting.get("*", 1))
+
+
+def check_groups(names: Sequence[str], groups: Sequence[Sequence[str]], partition: str) -> None:
+    """Check `data.sources` against `data.stages`.
+
+    Raises:
+        ConfigurationError: names that aren't unique, or groups that don't name each source once.
+    """
+    if not names or len(set(names)) != len(names):
+        raise ConfigurationError(f"`data.sources` needs one or more unique names, found {list(names)}")
+    grouped = sorted(name for group in groups for name in group)
+    if grouped != sorted(names):
+        raise ConfigurationError(f"`data.stages` must name each source once: found {grouped}, sources {list(names)}")
+    if partition == "pooled" and len(groups) != len(names):
+        raise ConfigurationError("`data.stages` has no meaning with `data.partition: pooled`; leave one out")
+
+
+def check_numbers(batch_size: int, val_fraction: float, rank_limit: int | None) -> None:
+    """Check the numbers of `data`.
+
+    Raises:
+        ConfigurationError: one outside its range.
+    """
+    if batch_size < 1:
+        raise ConfigurationError(f"`data.batch_size` is {batch_size}, expected at least 1")
+    if not 0 <= val_fraction < 1:
+        raise ConfigurationError(f"`data.val_fraction` is {val_fraction}, expected within [0, 1)")
+    if rank_limit is not None and rank_limit < 2:
+        raise ConfigurationError(f"`data.rank_limit` is {rank_limit}, expected at least 2")
+
+
+def check_epochs(setting: int | Mapping[str, int], names: Sequence[str], mergeable: Sequence[str]) -> None:
+    """Check `data.epochs_per_stage`.
+
+    Args:
+        setting: a number, or stage name -> number.
+        names: of the stages.
+        mergeable: sources whose stages may be joined under names like `a+b`.
+
+    Raises:
+        ConfigurationError: a name that is no stage, or a number below 1.
+    """
+    for name, value in ({"*": setting} if isinstance(setting, int) else setting).items():
+        known = name in ("*", *names) or set(name.split("+")) <= set(mergeable)
+        if value < 1 or not known:
+            raise ConfigurationError(
+                f"`data.epochs_per_stage` holds {name!r}: {value}, expected at least 1 for '*' or one of {list(names)}"
+            )
+
+
+def compare_plans(saved: Mapping[str, object], given: Mapping[str, object]) -> None:
+    """Refuse to resume under another plan.
+
+    Raises:
+        ResumeError: listing `key: saved -> given`.
+    """
+    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in given.items() if saved.get(key) != value]
+    if changed:
+        raise ResumeError(f"the checkpoint's run had other settings, saved -> given: {'; '.join(changed)}")

@@ -13,25 +13,31 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sdpo_lightning.data.collate import PaddedCollator, PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import (
+    check_epochs,
+    check_groups,
+    check_numbers,
     chunk_pooled,
     chunks_by_source,
     chunks_random,
+    compare_plans,
+    epochs_of,
     order_groups,
     reward_accuracy,
+    stage_names,
     stage_of_epoch,
     stage_plan,
     steps_per_epoch,
 )
 from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
-from sdpo_lightning.data.prepare import PrepareRules, SourceReport, prepare_source
+from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
 from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.exactness import LayoutName
-from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable, PairLogps, Stage
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
 
 log = logging.getLogger(__name__)
 
@@ -101,25 +107,11 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
         self._ranking_requested = False
-        self._check()
-
-    def _check(self) -> None:
-        names = [source.name for source in self.sources]
-        if not names or len(set(names)) != len(names):
-            raise ConfigurationError(f"`data.sources` needs one or more unique names, found {names}")
-        grouped = sorted(name for group in self.groups for name in group)
-        if grouped != sorted(names):
-            raise ConfigurationError(f"`data.stages` must name each source once: found {grouped}, sources {names}")
-        if self.batch_size < 1:
-            raise ConfigurationError(f"`data.batch_size` is {self.batch_size}, expected at least 1")
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigurationError(f"`data.val_fraction` is {self.val_fraction}, expected within [0, 1)")
-        if self.rank_limit is not None and self.rank_limit < 2:
-            raise ConfigurationError(f"`data.rank_limit` is {self.rank_limit}, expected at least 2")
-        epochs = self.epochs_per_stage
-        for value in epochs.values() if isinstance(epochs, dict) else [epochs]:
-            if value < 1:
-                raise ConfigurationError(f"`data.epochs_per_stage` holds {value}, expected at least 1")
+        self._rows_digest: str | None = None
+        check_groups([source.name for source in sources], self.groups, partition)
+        names = stage_names(partition, self.groups)
+        check_epochs(epochs_per_stage, names, [source.name for source in sources] if merge_ties else [])
+        check_numbers(batch_size, val_fraction, rank_limit)
 
     # ---- sources -> tokenised pairs
 
@@ -127,11 +119,11 @@ class CurriculumDataModule(pl.LightningDataModule):
         """Read, check and tokenise all sources, once. No weights are loaded before this is done."""
         if self.reports:
             return
-        self.tokenizer = self._load_tokenizer()
-        rules = PrepareRules(
-            PairTokenizer(self.tokenizer, self.max_length), self.on_bad_row, self.val_fraction, self.seed
-        )
-        prepared = [prepare_source(index, source, rules) for index, source in enumerate(self.sources)]
+        assert self.trainer is not None, "`setup` runs within a Trainer"
+        self.tokenizer = load_tokenizer(self.tokenizer_name or self.trainer.lightning_module.model_name_or_path)
+        tokenize = PairTokenizer(self.tokenizer, self.max_length)
+        prepared = [prepare_source(i, source, tokenize, self.on_bad_row) for i, source in enumerate(self.sources)]
+        hold_out([report for report, _ in prepared], self.val_fraction, self.seed)
         self.reports = {report.name: report for report, _ in prepared}
         self.store = PairStore([part for _, parts in prepared for part in parts])
         pad = self.tokenizer.pad_token_id
@@ -139,20 +131,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         # Until the model is there to say whether `layout` is exact for it.
         self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id)
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.tokenizer_name
-        if name is None:
-            assert self.trainer is not None, "`setup` runs within a Trainer"
-            name = self.trainer.lightning_module.model_name_or_path
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(
-                f"no tokenizer at {name!r}; set `data.tokenizer` or `model.model_name_or_path`: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-
     # ---- pair scores -> chunks -> stages
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the chunks are decided."""
+        return self._chunks is not None
 
     @property
     def needs_ranking(self) -> bool:
@@ -204,25 +188,13 @@ class CurriculumDataModule(pl.LightningDataModule):
         per_batch = self.batch_size * self.trainer.world_size
         accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
         counts = [steps_per_epoch(len(c.pair_ids), per_batch, accumulate, limit)[1] for c in self._chunks]
-        return stage_plan(self._chunks, [self._epochs(c.name) for c in self._chunks], counts)
-
-    def _epochs(self, name: str) -> int:
-        if isinstance(self.epochs_per_stage, int):
-            return self.epochs_per_stage
-        return self.epochs_per_stage.get(name, self.epochs_per_stage.get("*", 1))
+        return stage_plan(self._chunks, [epochs_of(self.epochs_per_stage, c.name) for c in self._chunks], counts)
 
     def total_epochs(self) -> int:
         """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
         if self._chunks is not None:
-            return sum(self._epochs(chunk.name) for chunk in self._chunks)
-        return sum(self._epochs(name) for name in self._chunk_names())
-
-    def _chunk_names(self) -> list[str]:
-        if self.partition_kind == "pooled":
-            return ["pooled"]
-        if self.partition_kind == "random":
-            return [f"random-{index}" for index in range(1, len(self.groups) + 1)]
-        return ["+".join(group) for group in self.groups]
+            return sum(epochs_of(self.epochs_per_stage, chunk.name) for chunk in self._chunks)
+        return sum(epochs_of(self.epochs_per_stage, name) for name in stage_names(self.partition_kind, self.groups))
 
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at most one too few."""
@@ -323,14 +295,40 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The decided chunks and the scores behind them, as plain values and tensors."""
         chunks = self._chunks or []
         return {
+            "plan": self._plan(),
             "source_order": list(self.source_order),
             "chunk_names": [chunk.name for chunk in chunks],
             "chunk_ids": [torch.tensor(chunk.pair_ids) for chunk in chunks],
             "scores": {name: report.scores() for name, report in self.reports.items()},
         }
 
+    def _plan(self) -> dict[str, Any]:
+        """All that decides which pair a step sees."""
+        trainer = self.trainer
+        assert trainer is not None
+        if self._rows_digest is None:
+            self._rows_digest = self.store.digest(self.train_ids() + self.val_ids())
+        return {
+            "tokenised rows of data.sources (sha256)": self._rows_digest,
+            "data.batch_size x processes": self.batch_size * trainer.world_size,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.limit_train_batches": trainer.limit_train_batches,
+            "data.shuffle": self.shuffle,
+            "data.seed": self.seed,
+            "data.partition": self.partition_kind,
+            "data.order": self.order,
+            "data.stages": self.groups,
+            "data.epochs_per_stage": self.epochs_per_stage,
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the chunks of a checkpoint: nothing is ranked again."""
+        """Take over the chunks of a checkpoint: nothing is ranked again.
+
+        Raises:
+            ResumeError: a setting or the data isn't what the checkpoint's run had.
+        """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            compare_plans(state_dict["plan"], self._plan())
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])

@@ -1,0 +1,294 @@
+"""Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`.
+
+Each variant trains the same seeded pairs in a process of its own, pinned to one core; the variants alternate, and
+ratios are medians over the rounds. CPU time, not wall time. Memory is the peak above what the imports take.
+
+| variant | what it is |
+|---|---|
+| a0 | TRL as it comes on a CPU: fp32, the head over prompts and padding too |
+| a2 | TRL with the tiled, completion-only head that it uses on CUDA |
+| a6 | a2 without gradient checkpointing, with reference logps computed beforehand |
+| fast | ours: shared prompts, cached reference, bf16-mixed where the processor has it |
+| lean | as fast, one pair a micro-batch and a small logits budget |
+| naive | ours, padded rows, resident reference, fp32 |
+| one, eight | fast, the same pairs as 1 and as 8 stages |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VOCAB, HIDDEN, LAYERS = 16_000, 512, 8
+EPOCHS = {"1": 1, "3": 3}
+VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "one", "eight")
+
+
+def workload(pairs: int, seed: int = 0) -> list[dict[str, str]]:
+    """UltraFeedback-like token counts, halved: log-normal, prompt median 60, answers median 130, cut at 512."""
+    generator = random.Random(seed)
+
+    def words(median: float, sigma: float, most: int) -> str:
+        count = min(most, max(4, round(generator.lognormvariate(0, sigma) * median)))
+        return " ".join(f"t{generator.randrange(VOCAB - 10)}" for _ in range(count))
+
+    return [
+        {"prompt": words(60, 0.9, 250), "chosen": " " + words(130, 0.6, 260), "rejected": " " + words(115, 0.65, 260)}
+        for _ in range(pairs)
+    ]
+
+
+def make_model(folder: Path) -> None:
+    """The random Llama of the workload (W2), fp32, and a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *(f"t{i}" for i in range(VOCAB - 3))]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN * 2 // 3 // 64 * 64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run_trl(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: int, out: Path) -> list[float]:
+    """Train by TRL; the loss of every step."""
+    import torch
+    import trl
+    import trl.trainer.utils
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if variant != "a0":
+        trl.trainer.utils._use_triton = lambda device: True
+
+    class InOrder(trl.DPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    config = trl.DPOConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=4,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        num_train_epochs=epochs,
+        max_length=512,
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        bf16=variant != "a0" and has_bf16(),
+        optim="adamw_torch",
+        gradient_checkpointing=variant != "a6",
+        precompute_ref_log_probs=variant == "a6",
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model, reference = (AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32) for _ in range(2))
+    trainer = InOrder(
+        model,
+        reference,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    measured_from()
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: int, out: Path) -> list[float]:
+    """Train by this package; the loss of every step."""
+    import csv
+
+    import lightning.pytorch as pl
+    import torch
+
+    from sdpo_lightning import CachedReference, CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference
+
+    stages = 8 if variant == "eight" else 1
+    sources, size = [], len(rows) // stages
+    for index in range(stages):
+        path = out / f"s{index}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[index * size : (index + 1) * size]))
+        sources.append(PreferenceSource(f"s{index}", str(path)))
+    lean, naive = variant == "lean", variant == "naive"
+    batch_size = 1 if lean else 4
+    data = CurriculumDataModule(
+        sources,
+        order="given",
+        layout="padded" if naive else "shared_prefix",
+        shuffle=False,
+        batch_size=batch_size,
+        max_length=512,
+        epochs_per_stage=epochs,
+    )
+    model = DPOLitModule(
+        str(model_dir),
+        reference=ResidentReference() if naive else CachedReference(),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        logits_budget_mb=8 if lean else 256,
+    )
+    trainer = pl.Trainer(
+        default_root_dir=out,
+        accelerator="cpu",
+        precision="bf16-mixed" if has_bf16() and not naive else "32-true",
+        accumulate_grad_batches=4 // batch_size,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    measured_from()
+    trainer.fit(model, data)
+    with (out / "metrics.csv").open(newline="") as handle:
+        return [float(row["train/loss"]) for row in csv.DictReader(handle)]
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes in bf16."""
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+_MEASURE: dict[str, float] = {}
+
+
+def measured_from() -> None:
+    """Start of the measured part: model loading and training, after the imports."""
+    _MEASURE["cpu"] = time.process_time()
+
+
+def child(options: argparse.Namespace) -> None:
+    """One variant, in this process; prints its figures as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = json.loads(Path(options.rows).read_text())
+    ours = options.variant in VARIANTS[3:]
+    if ours:
+        import lightning.pytorch  # noqa: F401
+
+        import sdpo_lightning.module  # noqa: F401
+    else:
+        import trl  # noqa: F401
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as out:
+        run = run_ours if ours else run_trl
+        losses = run(options.variant, Path(options.model), rows, options.epochs, Path(out))
+    seconds = time.process_time() - _MEASURE["cpu"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported
+    print("RESULT " + json.dumps({"seconds": seconds / len(rows), "peak_mb": peak / 1024, "losses": losses}))
+
+
+def measure(variant: str, model: Path, rows: Path, epochs: int) -> dict:
+    """Run a variant in a process pinned to one core."""
+    words = [sys.executable, "-m", "benchmarks.vs_trl", "--variant", variant, "--model", str(model)]
+    words += ["--rows", str(rows), "--epochs", str(epochs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(["taskset", "-c", "0", *words], capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def ratio(runs: dict[str, list[dict]], above: str, below: str, key: str) -> list[float]:
+    """Median, least and most of the ratio over the rounds."""
+    ratios = [a[key] / b[key] for a, b in zip(runs[above], runs[below], strict=True)]
+    return [round(f(ratios), 3) for f in (statistics.median, min, max)]
+
+
+def main() -> None:
+    """Alternate the variants and write the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=32)
+    for name in ("--variant", "--model", "--rows"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        child(options)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        model, rows = Path(scratch) / "model", Path(scratch) / "rows.json"
+        make_model(model)
+        rows.write_text(json.dumps(workload(options.pairs)))
+        runs: dict[str, list[dict]] = {}
+        for number in range(options.rounds):
+            for variant in VARIANTS:
+                runs.setdefault(variant, []).append(measure(variant, model, rows, 1))
+                print(number, variant, {k: v for k, v in runs[variant][-1].items() if k != "losses"}, flush=True)
+            for variant in ("a2", "fast"):
+                runs.setdefault(f"{variant}_3", []).append(measure(variant, model, rows, 3))
+    difference = max(abs(a - b) for a, b in zip(runs["naive"][0]["losses"], runs["a0"][0]["losses"], strict=True))
+    if difference > 2e-5:
+        raise SystemExit(f"losses differ by {difference:.1e} in fp32: no time is worth printing")
+    report = {
+        "time_1epoch_vs_A2": ratio(runs, "fast", "a2", "seconds"),
+        "time_3epochs_vs_A2": ratio(runs, "fast_3", "a2_3", "seconds"),
+        "time_1epoch_vs_A6": ratio(runs, "fast", "a6", "seconds"),
+        "time_1epoch_vs_A0": ratio(runs, "fast", "a0", "seconds"),
+        "peak_fast_vs_A2": ratio(runs, "fast", "a2", "peak_mb"),
+        "peak_lean_vs_A2": ratio(runs, "lean", "a2", "peak_mb"),
+        "time_lean_vs_A2": ratio(runs, "lean", "a2", "seconds"),
+        "stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"),
+        "max_abs_loss_diff": difference,
+        "method": "CPU time of one pinned core, [median, least, most] of the ratios of alternating runs",
+        "pairs": options.pairs,
+        "rounds": options.rounds,
+        "machine": platform.processor() or platform.machine(),
+        "bf16": has_bf16(),
+        "versions": versions(),
+        "runs": {k: [{"seconds": r["seconds"], "peak_mb": r["peak_mb"]} for r in v] for k, v in runs.items()},
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(text + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "lightning", "transformers", "trl", "sdpo-lightning")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Rank 4: what a Trainer must not be told, checked before any weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from sdpo_lightning.types import ConfigurationError
+
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse Trainer settings that would cut or mix the stages.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    if trainer.overfit_batches > 0:
+        raise ConfigurationError(
+            "`trainer.overfit_batches` would train every stage on the same batches; use `limit` of `data.sources`"
+        )
+    if str(trainer.precision) not in _PRECISIONS:
+        raise ConfigurationError(
+            f"`trainer.precision` is {trainer.precision!r}, expected one of {_PRECISIONS}: pure low-precision weights "
+            "can't take the small steps of DPO"
+        )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        raise ConfigurationError(
+            "GradientAccumulationScheduler would change the steps of a stage while it runs; use "
+            "`trainer.accumulate_grad_batches`"
+        )
+    interval = trainer.val_check_interval
+    validates = trainer.datamodule.val_names and trainer.limit_val_batches and not trainer.fast_dev_run
+    if isinstance(interval, int) and validates and trainer.limit_train_batches:
+        shortest = trainer.datamodule.shortest_epoch()
+        if interval > shortest and trainer.check_val_every_n_epoch is not None:
+            raise ConfigurationError(
+                f"`trainer.val_check_interval` is {interval} batches, but the shortest stage has {shortest}; "
+                f"use at most {shortest}, or a share such as 0.5"
+            )
+
+
+def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse to train a new run into the folder of an earlier one, or from a module that has trained.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    if trainer.ckpt_path is not None or trainer.fast_dev_run or not trainer.limit_train_batches:
+        return
+    if pl_module.record.entered:
+        raise ConfigurationError("this module has trained already; make a new one, or give `ckpt_path` to go on")
+    stages = Path(trainer.default_root_dir) / "stages"
+    if stages.exists() and any(stages.iterdir()):
+        raise ConfigurationError(
+            f"{stages} holds the models of an earlier run; set another `trainer.default_root_dir`, or `ckpt_path` "
+            "to go on with that run"
+        )

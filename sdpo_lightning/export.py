@@ -1,0 +1,43 @@
+"""Rank 4: the export of M_t."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from sdpo_lightning.backbone import save_hf, weights_digest
+from sdpo_lightning.types import Stage
+
+log = logging.getLogger(__name__)
+
+
+class StageExport(pl.Callback):
+    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`."""
+
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Write M_t, the policy at this moment, and record its digest.
+
+        Args:
+            trainer: gives the run directory.
+            pl_module: holds the policy and the record.
+            stage: the stage that has ended.
+        """
+        folder = Path("stages") / stage.folder_name
+        pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
+        pl_module.record.folders[stage.index] = str(folder)
+        if trainer.is_global_zero:
+            save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
+        trainer.strategy.barrier("export")
+        log.info("M_%d written to %s", stage.index, folder)
+
+
+def exporter(trainer: pl.Trainer) -> StageExport:
+    """The run's StageExport, or of a subclass."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, StageExport))
+
+
+def run_dir(trainer: pl.Trainer) -> Path:
+    """Where the run leaves its files."""
+    return Path(trainer.default_root_dir)
