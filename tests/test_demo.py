@@ -53,7 +53,7 @@ def test_progress_says_stage_and_source_and_time_left(tmp_path, tiny_model_dir, 
         def on_train_batch_end(self, trainer, *_):
             bar = trainer.progress_bar_callback
             if isinstance(bar, TQDMProgressBar):
-                said.append(bar.train_progress_bar.desc)
+                said.append(bar.train_progress_bar.desc.removesuffix(": "))
             else:
                 said.append(bar.progress.tasks[bar.train_progress_bar_id].description)
 
