@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sdpo_lightning.attention import register_segment_attention
-from sdpo_lightning.logprobs import token_logps
+from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 
@@ -50,8 +50,10 @@ class CausalBackbone(nn.Module):
             use_cache=False,
             **packed,
         ).last_hidden_state
-        vocab_size = self.model.get_output_embeddings().weight.shape[0]
-        return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb)
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear and not self.logit_cap:
+            return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
+        return token_logps(hidden, batch, self.logits, head.weight.shape[0], self.logits_budget_mb)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, D]` -> logits `[n, V]`."""

@@ -1,18 +1,24 @@
-"""Rank 1: hidden states -> token logps -> pair logps, chunked over the LM head.
+"""Rank 1: hidden states -> token logps -> pair logps, without the logits of prompts and padding.
 
-Logits of prompts and padding never exist: only the N completion positions go through the head, and at most
-`logits_budget_mb` of them at a time; a chunk's logits are computed again in the backward pass.
+Only the N completion positions go through the head. A plain linear head is fused with the log-softmax: its rows
+are made in blocks that stay in the cache; if [N, V] fits `logits_budget_mb`, ONE buffer of the compute dtype is
+kept and becomes its own gradient (3 matmuls), else nothing is kept and the blocks are made again in the backward
+pass (4 matmuls). Any other head runs as it is, checkpointed in chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdpo_lightning.types import PairLogps, PreferenceBatch
+
+# Block of fp32 logits on a CPU, in bytes: about what a core's caches hold.
+_CPU_BLOCK_BYTES = 4 * 2**20
 
 
 def token_logps(
@@ -22,7 +28,7 @@ def token_logps(
     vocab_size: int,
     logits_budget_mb: float = 256.0,
 ) -> Tensor:
-    """Log-probability of each completion token.
+    """Log-probability of each completion token, by any head.
 
     Args:
         hidden: `[R, L, D]` last hidden states, after the final norm.
@@ -42,9 +48,128 @@ def token_logps(
     return torch.cat([checkpoint(_logps_of, h, t, head, use_reentrant=False) for h, t in chunks])
 
 
+def linear_token_logps(
+    hidden: Tensor, batch: PreferenceBatch, head: nn.Linear, scale: float = 1.0, logits_budget_mb: float = 256.0
+) -> Tensor:
+    """Log-probability of each completion token, by a plain linear head and its log-softmax in one.
+
+    Args:
+        hidden: `[R, L, D]` last hidden states, after the final norm.
+        batch: says which position predicts which token.
+        head: `[V, D]` weight and perhaps a bias.
+        scale: factor on the logits.
+        logits_budget_mb: most MiB of logits that are kept for the backward pass.
+
+    Returns:
+        `[N]` float32, nats.
+    """
+    selected = hidden.flatten(0, 1)[batch.source_index]
+    kind = selected.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
+    weight = head.weight.to(dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return _LinearLogps.apply(selected.to(dtype), weight, bias, batch.target_ids, scale, logits_budget_mb)
+
+
 def _logps_of(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     # fp32 before the softmax: at logps of -1e4 a bf16 sum is off by tens of nats.
     return gather_logps(head(hidden), targets)
+
+
+class _LinearLogps(torch.autograd.Function):
+    """logits[target] - logsumexp(logits), with logits = scale * (hidden @ weight.T + bias)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        budget_mb: float,
+    ) -> Tensor:
+        count, vocab = len(hidden), len(weight)
+        needs_grad = any(ctx.needs_input_grad[:3])
+        keeps = needs_grad and count * vocab * hidden.element_size() <= budget_mb * 2**20
+        kept = hidden.new_empty(count, vocab) if keeps else None
+        logps = hidden.new_empty(count, dtype=torch.float32)
+        normalisers = torch.empty_like(logps)
+        for rows in _blocks(count, _block_rows(hidden, vocab, budget_mb)):
+            logits = _logits(hidden[rows], weight, bias, scale)
+            chosen = targets[rows, None]
+            target_logits, largest = logits.gather(1, chosen), logits.amax(1, keepdim=True)
+            # In place: from here on the block holds exp(logits - largest).
+            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            normalisers[rows] = (largest + total.log()).squeeze(1)
+            logps[rows] = target_logits.squeeze(1) - normalisers[rows]
+            if kept is not None:
+                kept[rows] = _minus_one_hot(logits.mul_(total.reciprocal()), chosen)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.kept, ctx.scale, ctx.budget_mb = kept, scale, budget_mb
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        factors = -ctx.scale * gradient[:, None]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = d_bias = None
+        vocab = len(weight)
+        # What was kept is consumed: a second backward pass makes it again.
+        kept, ctx.kept = ctx.kept, None
+        rows_at_once = len(hidden) if kept is not None else _budget_rows(hidden, vocab, ctx.budget_mb)
+        for rows in _blocks(len(hidden), rows_at_once):
+            if kept is not None:
+                d_logits = kept.mul_(factors.to(kept.dtype))
+            else:
+                d_logits = hidden.new_empty(len(hidden[rows]), vocab)
+                for inner in _blocks(len(d_logits), _block_rows(hidden, vocab, ctx.budget_mb)):
+                    outer = slice(rows.start + inner.start, rows.start + inner.stop)
+                    logits = _logits(hidden[outer], weight, bias, ctx.scale)
+                    softmax = logits.sub_(normalisers[outer, None]).exp_()
+                    residual = _minus_one_hot(softmax, targets[outer, None])
+                    d_logits[inner] = residual.mul_(factors[outer])
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[rows])
+            if wants_weight:
+                part = torch.mm(d_logits.t(), hidden[rows])
+                # Many chunks are summed in fp32: in bf16 the later ones would vanish.
+                d_weight = part if len(part) and rows_at_once >= len(hidden) else _add(d_weight, part)
+            if wants_bias:
+                d_bias = _add(d_bias, d_logits.sum(0, dtype=torch.float32))
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(weight.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return logits.mul_(scale) if scale != 1.0 else logits
+
+
+def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
+    # In fp32 and before any rounding: 1 - p of a sure token would be lost in bf16.
+    return softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0))
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.float() if total is None else total.add_(part)
+
+
+def _budget_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
+    return max(1, int(budget_mb * 2**20 / (vocab * hidden.element_size())))
+
+
+def _block_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
+    if hidden.device.type != "cpu":
+        return _budget_rows(hidden, 2 * vocab, budget_mb)
+    return max(1, _CPU_BLOCK_BYTES // (4 * vocab))
+
+
+def _blocks(count: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
 def gather_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from sdpo_lightning.data.collate import PaddedCollator, TokenizedPair
-from sdpo_lightning.logprobs import gather_logps, pair_logps, token_logps
+from sdpo_lightning.logprobs import gather_logps, linear_token_logps, pair_logps, token_logps
 from sdpo_lightning.losses import dpo_loss, implicit_rewards
 from sdpo_lightning.schedules import learning_rate_factor, warmup_steps
 from sdpo_lightning.types import PairLogps
@@ -265,3 +265,66 @@ def test_a_warmup_as_long_as_the_stage_divides_by_nothing(name, num_steps, warmu
 )
 def test_warmup_steps_round_up(num_steps, ratio, expected):
     assert warmup_steps(num_steps, ratio) == expected
+
+
+# ---- the fused head
+
+
+class Positions:
+    """The part of a batch that the head needs."""
+
+    def __init__(self, count, vocab):
+        self.source_index = torch.arange(count)
+        self.target_ids = torch.arange(count) * 7 % vocab
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("budget", [256.0, 37 * 4 * 3 / 2**20], ids=["kept", "made again, 3 rows at a time"])
+def test_fused_head_equals_autograd(bias, scale, budget):
+    torch.manual_seed(0)
+    batch, hidden = Positions(20, 37), torch.randn(1, 20, 8)
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(1)
+        head = torch.nn.Linear(8, 37, bias=bias)
+        inputs = hidden.clone().requires_grad_()
+        if fused:
+            logps = linear_token_logps(inputs, batch, head, scale, budget)
+        else:
+            logps = gather_logps(head(inputs[0]) * scale, batch.target_ids)
+        (logps * torch.linspace(-1, 2, 20)).sum().backward()
+        found.append([logps.detach(), inputs.grad, *(p.grad for p in head.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert theirs.abs().max() > 0.1
+
+
+def test_fused_head_trains_only_what_asks_for_it():
+    batch, head = Positions(6, 11), torch.nn.Linear(4, 11)
+    head.requires_grad_(False)
+    hidden = torch.randn(1, 6, 4, requires_grad=True)
+    linear_token_logps(hidden, batch, head).sum().backward()
+    assert head.weight.grad is None and head.bias.grad is None and hidden.grad.abs().max() > 0
+    assert not linear_token_logps(hidden.detach(), batch, head).requires_grad
+
+
+def test_fused_head_gives_the_same_gradient_twice():
+    batch, head, hidden = Positions(6, 11), torch.nn.Linear(4, 11), torch.randn(1, 6, 4, requires_grad=True)
+    loss = linear_token_logps(hidden, batch, head).sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    # The kept buffer is consumed by the first pass.
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], first, rtol=1e-6, atol=1e-6)
+
+
+def test_fused_head_in_bf16_keeps_the_gradient_of_a_sure_token():
+    # p = 1 - 1e-3 rounds to 1 in bf16, which would leave no gradient at the target.
+    hidden = torch.ones(1, 1, 1, requires_grad=True)
+    head = torch.nn.Linear(1, 2, bias=False)
+    head.weight.data = torch.tensor([[math.log(999.0)], [0.0]])
+    batch = Positions(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_token_logps(hidden, batch, head).sum().backward()
+    # d logp / d logit of the target is 1 - p; its weight rounds to 6.9062 in bf16.
+    p = 1 / (1 + math.exp(-6.90625))
+    assert head.weight.grad[0, 0].item() == pytest.approx(1 - p, rel=1e-2)
