@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from sdpo_lightning.backbone import weights_digest
@@ -61,11 +60,7 @@ class StageTransition(pl.Callback):
             trainer.limit_val_batches = 0
         check_trainer(trainer)
         if not trainer.datamodule.merge_ties:
-            self._set_epochs(trainer, self._expected_epochs(trainer))
-
-    @staticmethod
-    def _expected_epochs(trainer: pl.Trainer) -> int:
-        return trainer.datamodule.total_epochs()
+            self._set_epochs(trainer, trainer.datamodule.total_epochs())
 
     @staticmethod
     def _set_epochs(trainer: pl.Trainer, total: int) -> None:
@@ -151,6 +146,9 @@ class StageTransition(pl.Callback):
         inputs = self._inputs(trainer, pl_module, stage)
         if advances:
             pl_module.reference.advance(pl_module.policy, stage, inputs)
+            record.reference = stage.index - 1
+        else:
+            pl_module.reference.stay(stage, inputs)
         record.entered = stage.index
         pl_module.stage = stage
         if stage.index > 1:
@@ -165,7 +163,10 @@ class StageTransition(pl.Callback):
         return ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
             rows_digest=lambda: trainer.datamodule.store.digest(ids),
-            policy_digest=pl_module.record.digests[stage.index - 1],
+            # Before the stage is entered it is about to be M_{t-1}; a resumed one may have been held back.
+            policy_digest=pl_module.record.digests[
+                pl_module.record.reference if pl_module.record.entered == stage.index else stage.index - 1
+            ],
             folder=run_dir(trainer) / "references",
             known=pl_module.m0_logps if stage.index == 1 else None,
         )
@@ -202,9 +203,8 @@ class StageTransition(pl.Callback):
         policy = pl_module.score(pl_module.policy, batch)
         pl_module.policy.train()
         reference = pl_module.reference.logps(batch)
-        # Under autocast a cached logp depends on its batch mates.
-        cached_in_bf16 = pl_module.reference.tolerance > 1e-6 and torch.is_autocast_enabled("cpu")
-        tolerance = 1e-2 if cached_in_bf16 or not _is_fp32(pl_module) else pl_module.reference.tolerance
+        fp32 = str(pl_module.trainer.precision) == "32-true"
+        tolerance = pl_module.reference.tolerance if fp32 else pl_module.reference.tolerance_bf16
         real = batch.weights > 0
         worst = 0.0
         for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
@@ -254,7 +254,7 @@ class StageTransition(pl.Callback):
         inputs = ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
             rows_digest=lambda: trainer.datamodule.store.digest(ids),
-            policy_digest=pl_module.record.digests[index - 1],
+            policy_digest=pl_module.record.digests[pl_module.record.reference],
             folder=run_dir(trainer) / "references" / "evaluation",
         )
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
@@ -275,10 +275,6 @@ class StageTransition(pl.Callback):
 
 def _m0_path(trainer: pl.Trainer) -> Path:
     return run_dir(trainer) / "references" / "m0.safetensors"
-
-
-def _is_fp32(pl_module: pl.LightningModule) -> bool:
-    return str(pl_module.trainer.precision) == "32-true"
 
 
 def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:

@@ -109,12 +109,12 @@ class DPOLitModule(pl.LightningModule):
         return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
     def load_reference_weights(self, run_dir: Path) -> CausalBackbone:
-        """Read M_{t-1}, the weights that the entered stage t began with, and verify them.
+        """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
 
         Raises:
             ResumeError: the folder's digest isn't the recorded one.
         """
-        index = max(self.record.entered - 1, 0)
+        index = self.record.reference
         folder = self.record.folders.get(index)
         path = self.model_name_or_path if folder is None else str(run_dir / folder)
         weights = self.load_weights(path)

@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
-from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ReferenceInputs, ResumeError, Stage
+from sdpo_lightning.types import (
+    ConfigurationError,
+    LogpTable,
+    PairLogps,
+    PreferenceBatch,
+    ReferenceInputs,
+    ResumeError,
+    Stage,
+)
 
 ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
 _SCHEMA = "1"
@@ -29,10 +37,12 @@ class ReferencePolicy(ABC):
         starts_at_policy: True if at the first step of a stage the reference is the policy (stepwise DPO).
             Then the self-check compares their logps; a fixed or external reference says False.
         tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
+        tolerance_bf16: the same under bf16 autocast.
     """
 
     starts_at_policy = True
     tolerance = 1e-6
+    tolerance_bf16 = 1e-6
 
     def prepare(self, compute_logps: ComputeLogps) -> None:
         """Bind the function that policy, reference and ranking share.
@@ -50,6 +60,17 @@ class ReferencePolicy(ABC):
             policy: M_{t-1}.
             stage: stage t, about to begin; also called for t = 1.
             inputs: the pairs whose logps will be asked for.
+        """
+
+    def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:  # noqa: B027
+        """Don't become M_{t-1}: `StageTransition.should_advance` said no.
+
+        Args:
+            stage: stage t, about to begin.
+            inputs: the pairs whose logps will be asked for.
+
+        Raises:
+            ConfigurationError: a reference that can't.
         """
 
     @abstractmethod
@@ -115,6 +136,7 @@ class CachedReference(ReferencePolicy):
     """
 
     tolerance = 1e-5
+    tolerance_bf16 = 1e-2
 
     def __init__(self) -> None:
         self._table: LogpTable | None = None
@@ -125,6 +147,13 @@ class CachedReference(ReferencePolicy):
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_table(_table_path(inputs.folder, stage), table, cache_key(inputs))
         self._table = table
+
+    def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Refuse: without weights, nothing can score the new pairs."""
+        raise ConfigurationError(
+            f"a CachedReference can't stay behind at stage {stage.index}: it has no weights to score the new pairs; "
+            "use `model.reference: ResidentReference`"
+        )
 
     def restore(
         self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs

@@ -231,10 +231,12 @@ class StageRecord:
 
     Attributes:
         entered: index of the stage whose first step was prepared last; 0 before the first.
+        reference: index t of the M_t that the reference is.
         digests: t -> sha256 of M_t's weights.
         folders: t -> folder of M_t, relative to the run directory; M_0 has none.
     """
 
     entered: int = 0
+    reference: int = 0
     digests: dict[int, str] = field(default_factory=dict)
     folders: dict[int, str] = field(default_factory=dict)

@@ -9,7 +9,8 @@ import torch
 from helpers import make_rows, write_jsonl
 from runs import assert_same_weights, fit, reproducible
 
-from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference, StageCheckpoint
+from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference, StageCheckpoint, StageTransition
+from sdpo_lightning.types import ConfigurationError, ResumeError
 
 EPOCHS = {"b": 2, "*": 1}
 
@@ -115,3 +116,30 @@ def test_no_save_inside_an_accumulation_window(tmp_path, tiny_model_dir, sources
     # 5, 7, 3 pairs by 2 are 3, 4, 2 micro-batches, which make 2, 2, 1 steps: one save each.
     assert trainer.global_step == 5
     assert [torch.load(path, weights_only=True)["global_step"] for path in saved] == [1, 2, 3, 4, 5]
+
+
+class HoldsBack(StageTransition):
+    """The reference stays M_0."""
+
+    def should_advance(self, trainer, stage):
+        return False
+
+
+def test_a_reference_that_was_held_back_is_resumed_as_such(tmp_path, tiny_model_dir, sources):
+    fit(tmp_path / "whole", tiny_model_dir, sources, callbacks=[HoldsBack()])
+    cut = {"trainer_args": {"max_steps": 5}}
+    fit(tmp_path / "cut", tiny_model_dir, sources, callbacks=[HoldsBack()], **cut)
+    checkpoint = tmp_path / "cut" / "checkpoints" / "stopped-step=5.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["stage_record"]["entered"] == 2
+    fit(tmp_path / "cut", tiny_model_dir, sources, ckpt_path=checkpoint, callbacks=[HoldsBack()])
+    assert reproducible(tmp_path / "whole") == reproducible(tmp_path / "cut")
+    with pytest.raises(ConfigurationError, match="can't stay behind at stage 2"):
+        fit(tmp_path / "no", tiny_model_dir, sources, reference=CachedReference(), callbacks=[HoldsBack()])
+
+
+def test_an_altered_reference_is_refused(tmp_path, tiny_model_dir, sources):
+    fit(tmp_path, tiny_model_dir, sources, trainer_args={"max_steps": 5})
+    checkpoint = tmp_path / "checkpoints" / "stopped-step=5.ckpt"
+    shutil.copy(tiny_model_dir / "model.safetensors", tmp_path / "stages" / "01-a" / "model.safetensors")
+    with pytest.raises(ResumeError, match="reference M_1 sha mismatch"):
+        fit(tmp_path, tiny_model_dir, sources, ckpt_path=checkpoint)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import make_rows, write_jsonl
 from lightning.pytorch.callbacks import timer
-from runs import assert_same_weights, fit, losses, metrics
+from runs import assert_same_weights, fit, losses, metrics, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference, StageTransition
@@ -52,6 +52,19 @@ def test_first_loss_of_each_stage_is_ln2(tmp_path, tiny_model_dir, sources, refe
     assert list(first) == ["1", "2", "3"]
     for loss in first.values():
         assert loss == pytest.approx(math.log(2), abs=tolerance)
+
+
+@pytest.mark.parametrize("reference, tolerance", [(ResidentReference, 1e-6), (CachedReference, 1e-2)])
+def test_bf16_mixed_starts_at_ln2_and_keeps_fp32_weights(tmp_path, tiny_model_dir, sources, reference, tolerance):
+    _, module = fit(
+        tmp_path, tiny_model_dir, sources, reference=reference(), trainer_args={"precision": "bf16-mixed"}
+    )
+    first = {}
+    for row in metrics(tmp_path):
+        first.setdefault(row["stage/index"], float(row["train/loss"]))
+    assert list(first.values()) == pytest.approx([math.log(2)] * 3, abs=tolerance)
+    assert {p.dtype for p in module.policy.parameters()} == {torch.float32}
+    assert {t.dtype for t in weights(tmp_path / "stages" / "03-c").values()} == {torch.float32}
 
 
 def test_cached_and_resident_losses_agree(tmp_path, tiny_model_dir, sources):
