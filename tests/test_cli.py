@@ -240,6 +240,15 @@ def test_every_quirk_is_trained_or_refused(tmp_path, arguments, shared, capsys):
     assert len(trained) >= 8 and len(refusals) >= 8
 
 
+def test_another_plan_on_resume_exits_with_3(tmp_path, arguments, capsys):
+    main(["fit", *arguments, "--trainer.max_steps=1"])
+    checkpoint = tmp_path / "run" / "checkpoints" / "stopped-step=1.ckpt"
+    words = ["fit", *arguments, f"--ckpt_path={checkpoint}"]
+    assert "data.seed: 0 -> 5" in refused([*words, "--data.seed=5"], capsys, code=3)
+    main(words)
+    assert len(list((tmp_path / "run" / "stages").iterdir())) == 2
+
+
 # ---- shipped configs
 
 
