@@ -51,7 +51,7 @@ class DPOLitModule(pl.LightningModule):
         lr_scheduler: shape of the learning rate within a stage.
         warmup_ratio: share of a stage's optimizer steps in linear warm-up.
         disable_dropout: set every dropout probability of the model to 0.
-        logits_budget_mb: most MiB of fp32 logits that exist at once.
+        logits_budget_mb: most MiB of logits that are kept for the backward pass.
 
     Raises:
         ConfigurationError: a number outside its range.

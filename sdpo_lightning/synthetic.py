@@ -1,4 +1,4 @@
-"""Rank 1: Generated inputs of the demo: a small language with a known preference rule.
+"""Rank 1: generated inputs of the demo: a small language with a known preference rule.
 
 A prompt reads `tell curious neighbours about foxes today :`, an answer ` sure well foxes just really cheers`.
 Three binary aspects of an answer are good or bad, one for each source of preferences:
