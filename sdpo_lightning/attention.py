@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sdpo_lightning.tiles import MAX_KEYS, tiled_attention
 from sdpo_lightning.types import Segments
 
 NAME = "segment_sdpa"
@@ -81,6 +82,32 @@ def _segment_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None:
         raise ValueError("attention scores with a softcap")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _fits_tiles(query, value, segments, dropout):
+        out = tiled_attention(query[0], key[0], value[0], segments, scale, sliding_window)[None]
+    else:
+        out = _sdpa_by_segment(query, key, value, segments, scale, sliding_window, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _fits_tiles(query: Tensor, value: Tensor, segments: Segments, dropout: float) -> bool:
+    longest = max(end - start + prefix_end - prefix_start for start, end, prefix_start, prefix_end in segments)
+    same_size = query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and longest <= MAX_KEYS and same_size and not dropout
+
+
+def _sdpa_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
     parts = []
     for start, end, prefix_start, prefix_end in segments:
         prefix = prefix_end - prefix_start
@@ -88,7 +115,7 @@ def _segment_attention(
         if prefix:
             keys = torch.cat([key[:, :, prefix_start:prefix_end], keys], 2)
             values = torch.cat([value[:, :, prefix_start:prefix_end], values], 2)
-        mask = _mask(end - start, prefix, sliding_window, query.device)
+        mask = _mask(end - start, prefix, window, query.device)
         parts.append(
             F.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -97,11 +124,11 @@ def _segment_attention(
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None,
-                scale=scaling,
+                scale=scale,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
         )
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, 2)
 
 
 def _mask(length: int, prefix: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -1,0 +1,91 @@
+"""The tiled attention of short segments: values and gradients against PyTorch's SDPA on whole sequences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sdpo_lightning import attention
+from sdpo_lightning.tiles import tiled_attention
+
+# Prompt 5 + chosen 70 (two tiles), rejected 9 behind the prompt, and a sequence of its own (3).
+SEGMENTS = ((0, 75, 0, 0), (75, 84, 0, 5), (84, 87, 84, 84))
+
+
+def inputs(dtype, heads=4, kv_heads=2, length=87, size=8):
+    torch.manual_seed(0)
+    shapes = [(heads, length, size), (kv_heads, length, size), (kv_heads, length, size)]
+    return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def dense(query, key, value, scale, window):
+    """One L x L mask, written out token by token."""
+    length = query.shape[1]
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in SEGMENTS:
+        for row in range(start, end):
+            seen = [*range(prefix_start, prefix_end), *range(start, row + 1)]
+            allowed[row, seen[-window:] if window else seen] = True
+    key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], 0) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 60, 500])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_values_and_gradients_equal_a_dense_mask(dtype, tolerance, window):
+    mine, theirs = inputs(dtype), inputs(torch.float32)
+    for t, m in zip(theirs, mine, strict=True):
+        t.data.copy_(m.data)
+    out = tiled_attention(*mine, SEGMENTS, 0.3, window)
+    expected = dense(*theirs, 0.3, window)
+    assert out.dtype == dtype and out.shape == expected.shape
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    weights = torch.randn(expected.shape)
+    (out.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for m, t in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(m.grad.float(), t.grad, atol=10 * tolerance, rtol=tolerance)
+
+
+def test_gradcheck():
+    # The products run in fp32, so finite differences need a coarse step: (f(x+h) - f(x-h)) / 2h, h = 1e-2.
+    mine = inputs(torch.float32, length=6, size=3)
+    segments = ((0, 4, 0, 0), (4, 6, 0, 2))
+    weights = torch.randn(4, 6, 3)
+
+    def f(*args):
+        return (tiled_attention(*args, segments, 0.5, None) * weights).sum().double()
+
+    f(*mine).backward()
+    with torch.no_grad():
+        for tensor in mine:
+            for index in ((0, 0, 0), (1, 3, 2), (1, 5, 1)):
+                before = tensor[index].item()
+                tensor[index] = before + 1e-2
+                up = f(*mine).item()
+                tensor[index] = before - 1e-2
+                down = f(*mine).item()
+                tensor[index] = before
+                assert (up - down) / 2e-2 == pytest.approx(tensor.grad[index].item(), abs=2e-3)
+
+
+def test_the_same_values_with_and_without_gradients():
+    mine = inputs(torch.bfloat16)
+    with torch.no_grad():
+        quiet = tiled_attention(*mine, SEGMENTS, 0.3, None)
+    assert torch.equal(quiet, tiled_attention(*mine, SEGMENTS, 0.3, None))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_long_segments_take_sdpa_with_the_same_values(monkeypatch, window):
+    query, key, value = (t.detach()[None] for t in inputs(torch.float32))
+    module = torch.nn.Module()
+    short, _ = attention._segment_attention(
+        module, query, key, value, None, segments=SEGMENTS, scaling=0.3, sliding_window=window
+    )
+    # 75 keys is the most a segment sees: at 74 the row is too long for tiles.
+    monkeypatch.setattr(attention, "MAX_KEYS", 74)
+    monkeypatch.setattr(attention, "tiled_attention", None)
+    long, _ = attention._segment_attention(
+        module, query, key, value, None, segments=SEGMENTS, scaling=0.3, sliding_window=window
+    )
+    torch.testing.assert_close(short, long, atol=2e-6, rtol=2e-6)
