@@ -113,7 +113,7 @@ def run_trl(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: i
         max_grad_norm=0.0,
         weight_decay=0.0,
         bf16=variant != "a0" and has_bf16(),
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         gradient_checkpointing=variant != "a6",
         precompute_ref_log_probs=variant == "a6",
         logging_steps=1,
@@ -164,7 +164,7 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
     model = DPOLitModule(
         str(model_dir),
         reference=ResidentReference() if naive else CachedReference(),
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         lr_scheduler="constant",
         warmup_ratio=0.0,
         logits_budget_mb=8 if lean else 256,

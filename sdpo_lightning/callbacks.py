@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.checks import check_run_dir, check_trainer
@@ -24,6 +25,7 @@ from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.types import (
     ConfigurationError,
+    PairLogps,
     PreferenceBatch,
     ReferenceInputs,
     SelfCheckError,
@@ -38,6 +40,9 @@ _UNSET_EPOCHS = (None, -1, 1000)
 
 class StageTransition(pl.Callback):
     """Ranks the sources before stage 1 and makes the just-trained weights the new reference at each boundary."""
+
+    # The first batch of a stage, until its logps are compared.
+    _unchecked: PreferenceBatch | None = None
 
     def should_advance(self, trainer: pl.Trainer, stage: Stage) -> bool:
         """Whether the reference becomes M_{t-1} at the start of stage t > 1. Override to hold it back."""
@@ -154,7 +159,10 @@ class StageTransition(pl.Callback):
         if stage.index > 1:
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
-        self._self_check(trainer, pl_module, stage, batch, advances)
+        self._check_weights(trainer, pl_module, stage, advances)
+        pl_module.last_logps = None
+        # The first step's own logps are compared before its backward pass: no forward for the check alone.
+        self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
 
     @staticmethod
@@ -171,48 +179,37 @@ class StageTransition(pl.Callback):
             known=pl_module.m0_logps if stage.index == 1 else None,
         )
 
-    def _self_check(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        stage: Stage,
-        batch: PreferenceBatch,
-        advances: bool,
-    ) -> None:
-        """Stop a run whose policy or reference isn't M_{t-1}: by digest, then by value."""
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """On the first step of a stage: policy and reference must give the same logps.
+
+        Raises:
+            SelfCheckError: they don't.
+        """
+        batch, self._unchecked = self._unchecked, None
+        if batch is None:
+            return
+        problem = ""
+        logps = pl_module.last_logps
+        if logps is None or _compare_logps(pl_module, batch, *logps):
+            # Dropout, say, shifts the policy in training mode; without it, does it agree?
+            pl_module.policy.eval()
+            policy = pl_module.score(pl_module.policy, batch)
+            pl_module.policy.train()
+            problem = _compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
+        _stop_if(trainer, pl_module.stage, problem)
+
+    @staticmethod
+    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, advances: bool) -> None:
+        """Stop a run whose policy or reference isn't M_{t-1} by digest."""
         problem = ""
         expected = pl_module.record.digests[stage.index - 1]
         if weights_digest(pl_module.policy) != expected:
             problem = f"the policy is not M_{stage.index - 1}, whose sha is {expected[:12]}"
-        if not problem and advances and pl_module.reference.starts_at_policy:
+        elif advances and pl_module.reference.starts_at_policy:
             found = pl_module.reference.digest()
             if found is not None and found != expected:
                 problem = f"the reference has sha {found[:12]}, M_{stage.index - 1} has {expected[:12]}"
-            else:
-                problem = self._compare_logps(pl_module, batch)
-        stop = trainer.strategy.reduce_boolean_decision(bool(problem), all=False)
-        if stop:
-            raise SelfCheckError(
-                f"self-check at the first step of stage {stage.index} {stage.name!r}: "
-                f"{problem or 'another rank failed it'}"
-            )
-
-    @staticmethod
-    def _compare_logps(pl_module: pl.LightningModule, batch: PreferenceBatch) -> str:
-        pl_module.policy.eval()
-        policy = pl_module.score(pl_module.policy, batch)
-        pl_module.policy.train()
-        reference = pl_module.reference.logps(batch)
-        fp32 = str(pl_module.trainer.precision) == "32-true"
-        tolerance = pl_module.reference.tolerance if fp32 else pl_module.reference.tolerance_bf16
-        real = batch.weights > 0
-        worst = 0.0
-        for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
-            relative = (ours - theirs).abs() / ours.abs().clamp(min=1)
-            worst = max(worst, relative[real].max().item() if bool(real.any()) else 0.0)
-        if worst <= tolerance:
-            return ""
-        return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"
+        _stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs
 
@@ -279,3 +276,27 @@ def _m0_path(trainer: pl.Trainer) -> Path:
 
 def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:
     return trainer.fit_loop.epoch_progress.current.processed >= stages[-1].first_epoch + stages[-1].epochs
+
+
+def _compare_logps(
+    pl_module: pl.LightningModule, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps
+) -> str:
+    fp32 = str(pl_module.trainer.precision) == "32-true"
+    tolerance = pl_module.reference.tolerance if fp32 else pl_module.reference.tolerance_bf16
+    real = batch.weights > 0
+    worst = 0.0
+    for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
+        relative = (ours - theirs).abs() / ours.abs().clamp(min=1)
+        worst = max(worst, relative[real].max().item() if bool(real.any()) else 0.0)
+    if worst <= tolerance:
+        return ""
+    return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"
+
+
+def _stop_if(trainer: pl.Trainer, stage: Stage, problem: str) -> None:
+    """Raise on all ranks if one has a problem."""
+    if trainer.strategy.reduce_boolean_decision(bool(problem), all=False):
+        raise SelfCheckError(
+            f"self-check at the first step of stage {stage.index} {stage.name!r}: "
+            f"{problem or 'another rank failed it'}"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class DPOLitModule(pl.LightningModule):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         reference: ReferencePolicy | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-7, weight_decay=0.0, fused=True),
         lr_scheduler: ScheduleName = "linear",
         warmup_ratio: float = 0.1,
         disable_dropout: bool = True,
@@ -92,6 +92,7 @@ class DPOLitModule(pl.LightningModule):
         self.random_states: list[dict[str, Any]] | None = None
         self.grad_norm = float("nan")
         self.learning_rate = float("nan")
+        self.last_logps: tuple[PairLogps, PairLogps] | None = None
         self.step_metrics = PreferenceMetrics()
         self.val_metrics = nn.ModuleList()
 
@@ -146,6 +147,7 @@ class DPOLitModule(pl.LightningModule):
         """One micro-batch: its share of the mean loss over the pairs of the optimizer step."""
         policy = self.compute_logps(self.policy, batch)
         reference = self.reference.logps(batch)
+        self.last_logps = (policy.detach(), reference)
         losses = self.preference_loss(policy, reference)
         self._update(self.step_metrics, losses, policy, reference, batch)
         total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
@@ -197,6 +199,32 @@ class DPOLitModule(pl.LightningModule):
                 f"gradient norm {self.grad_norm} before optimizer step {self.trainer.global_step + 1}; "
                 "no weight was changed. Lower the learning rate or look at the pairs of this step"
             )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm that was just measured; Lightning's own way refuses fused optimizers and measures again."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self._trainable(), gradient_clip_val)
+        else:
+            norm = torch.tensor(self.grad_norm, device=self.device)
+            nn.utils.clip_grads_with_norm_(self._trainable(), gradient_clip_val, norm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and free the gradients: at the height of the next forward pass they would stand idle."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
 
     # ---- held-out pairs
 

@@ -98,6 +98,10 @@ class PairLogps:
     rejected_lengths: Tensor
     pair_weights: Tensor | None = None
 
+    def detach(self) -> PairLogps:
+        """The same numbers without their graph."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
+
     @property
     def gamma(self) -> Tensor:
         """`[B]` log pi(y_w | x) - log pi(y_l | x), the paper's log-ratio (below Eq. 1)."""
