@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from sdpo_lightning.attention import register_segment_attention
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
@@ -43,13 +44,14 @@ class CausalBackbone(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
         packed = {} if batch.segments is None else {"segments": batch.segments}
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **packed,
-        ).last_hidden_state
+        with CASTS.in_use():
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **packed,
+            ).last_hidden_state
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:
             return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checks import check_run_dir, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import choose_layout
@@ -212,6 +213,10 @@ class StageTransition(pl.Callback):
         _stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """An interrupted step leaves no copies of weights behind."""
+        CASTS.release()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export M_T if the plan is complete; else say where the run stopped."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 # Block of fp32 logits on a CPU, in bytes: about what a core's caches hold.
@@ -66,8 +67,8 @@ def linear_token_logps(
     selected = hidden.flatten(0, 1)[batch.source_index]
     kind = selected.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
-    weight = head.weight.to(dtype)
-    bias = None if head.bias is None else head.bias.to(dtype)
+    weight = CASTS.cast(head.weight, dtype)
+    bias = None if head.bias is None else CASTS.cast(head.bias, dtype)
     return _LinearLogps.apply(selected.to(dtype), weight, bias, batch.target_ids, scale, logits_budget_mb)
 
 

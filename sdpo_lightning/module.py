@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageTransition
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint
 from sdpo_lightning.export import StageExport
 from sdpo_lightning.logprobs import pair_logps
@@ -145,8 +146,10 @@ class DPOLitModule(pl.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the mean loss over the pairs of the optimizer step."""
-        policy = self.compute_logps(self.policy, batch)
         reference = self.reference.logps(batch)
+        # Until the optimizer step: every micro-batch of it sees the same weights.
+        CASTS.hold()
+        policy = self.compute_logps(self.policy, batch)
         self.last_logps = (policy.detach(), reference)
         losses = self.preference_loss(policy, reference)
         self._update(self.step_metrics, losses, policy, reference, batch)
@@ -164,6 +167,14 @@ class DPOLitModule(pl.LightningModule):
     ) -> None:
         m0, known = (None, None) if self.m0_logps is None else self.m0_logps.lookup(batch.pair_id)
         metrics.update(losses, policy, reference, batch.weights, self.beta, m0, known)
+
+    def on_train_start(self) -> None:
+        """Forget what an interrupted run may have left."""
+        CASTS.release()
+
+    def on_train_end(self) -> None:
+        """Training may end within an accumulation."""
+        CASTS.release()
 
     # ---- optimisation
 
@@ -191,6 +202,7 @@ class DPOLitModule(pl.LightningModule):
         Raises:
             FloatingPointError: the gradient isn't finite; no weight has changed.
         """
+        CASTS.release()
         grads = [p.grad for p in self._trainable() if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm(grads).item()
         self.learning_rate = optimizer.param_groups[0]["lr"]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
@@ -190,14 +191,15 @@ def score_pairs(
     model.eval()
     rows: list[tuple[Tensor, ...]] = []
     try:
-        for batch in batches:
-            batch = batch.to(device)
-            logps, have = known.lookup(batch.pair_id) if known else (None, None)
-            if have is None or not bool(have.all()):
-                logps = compute_logps(model, batch)
-            columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
-            real = batch.weights > 0
-            rows.append(tuple(column[real].cpu() for column in columns))
+        with torch.no_grad(), CASTS.held():
+            for batch in batches:
+                batch = batch.to(device)
+                logps, have = known.lookup(batch.pair_id) if known else (None, None)
+                if have is None or not bool(have.all()):
+                    logps = compute_logps(model, batch)
+                columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
+                real = batch.weights > 0
+                rows.append(tuple(column[real].cpu() for column in columns))
     finally:
         model.train(was_training)
     ids, *columns = _gather(rows)
