@@ -9,7 +9,7 @@ ratios are medians over the rounds. CPU time, not wall time. Memory is the peak 
 | a2 | TRL with the tiled, completion-only head that it uses on CUDA |
 | a6 | a2 without gradient checkpointing, with reference logps computed beforehand |
 | fast | ours: shared prompts, cached reference, bf16-mixed where the processor has it |
-| lean | as fast, one pair a micro-batch and a small logits budget |
+| lean | as fast, one pair a micro-batch, layers recomputed, a small logits budget |
 | naive | ours, padded rows, resident reference, fp32 |
 | one, eight | fast, the same pairs as 1 and as 8 stages |
 """
@@ -168,6 +168,7 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
         lr_scheduler="constant",
         warmup_ratio=0.0,
         logits_budget_mb=8 if lean else 256,
+        gradient_checkpointing=lean,
     )
     trainer = pl.Trainer(
         default_root_dir=out,

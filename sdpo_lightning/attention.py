@@ -46,6 +46,8 @@ def _segment_mask(
     )
 
 
+# Within a compiled layer it stands apart: each row has segments of its own, and none is worth a compilation.
+@torch.compiler.disable
 def _segment_attention(
     module: nn.Module,
     query: Tensor,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,10 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo_lightning.attention import register_segment_attention
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
+from sdpo_lightning.offload import offload_activations
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 
@@ -36,6 +40,8 @@ class CausalBackbone(nn.Module):
         super().__init__()
         self.model = model
         self.logits_budget_mb = logits_budget_mb
+        self.offloads_activations = False
+        self._compiles_layers = False
         # Granite divides, Cohere multiplies, Gemma 2 caps its logits after the head.
         values = model.config.get_text_config().to_dict()
         self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
@@ -44,7 +50,8 @@ class CausalBackbone(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
         packed = {} if batch.segments is None else {"segments": batch.segments}
-        with CASTS.in_use():
+        offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
+        with CASTS.in_use(), offload:
             hidden = self.model.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -56,6 +63,35 @@ class CausalBackbone(nn.Module):
         if type(head) is nn.Linear and not self.logit_cap:
             return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
         return token_logps(hidden, batch, self.logits, head.weight.shape[0], self.logits_budget_mb)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The repeated blocks of the model, in order.
+
+        Raises:
+            ConfigurationError: it has none that is marked as such.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigurationError(
+                f"{type(self.model).__name__} has no decoder layers that can be recomputed or compiled; leave "
+                "`model.gradient_checkpointing` and `model.compile_layers` out"
+            )
+        return layers
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer in place; the names of the weights stay."""
+        for layer in self.decoder_layers():
+            # Lengths differ from batch to batch.
+            layer.compile(dynamic=True)
+        self._compiles_layers = True
+
+    def frozen_copy(self) -> CausalBackbone:
+        """A copy that runs the same kernels and takes no gradients."""
+        twin = copy.deepcopy(self).requires_grad_(False)
+        if self._compiles_layers:
+            # A copy of a compiled module isn't compiled.
+            twin.compile_layers()
+        return twin
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, D]` -> logits `[n, V]`."""

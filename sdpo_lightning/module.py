@@ -19,6 +19,7 @@ from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint
+from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
@@ -53,6 +54,10 @@ class DPOLitModule(pl.LightningModule):
         warmup_ratio: share of a stage's optimizer steps in linear warm-up.
         disable_dropout: set every dropout probability of the model to 0.
         logits_budget_mb: most MiB of logits that are kept for the backward pass.
+        gradient_checkpointing: recompute activations in the backward pass: of every layer (true), or every n-th (n).
+        offload_activations: hold what is kept between recomputed layers in the memory of the CPU.
+        compile_layers: `torch.compile` each decoder layer.
+        liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
 
     Raises:
         ConfigurationError: a number outside its range.
@@ -69,6 +74,10 @@ class DPOLitModule(pl.LightningModule):
         warmup_ratio: float = 0.1,
         disable_dropout: bool = True,
         logits_budget_mb: float = 256.0,
+        gradient_checkpointing: bool | int = False,
+        offload_activations: bool = False,
+        compile_layers: bool = False,
+        liger: bool = False,
     ) -> None:
         super().__init__()
         if beta <= 0:
@@ -86,6 +95,7 @@ class DPOLitModule(pl.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.disable_dropout = disable_dropout
         self.logits_budget_mb = logits_budget_mb
+        self.execution = Execution(gradient_checkpointing, offload_activations, compile_layers, liger)
         self.policy: CausalBackbone | None = None
         self.stage: Stage | None = None
         self.record = StageRecord()
@@ -102,7 +112,7 @@ class DPOLitModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self.load_weights(self.model_name_or_path).train()
+            self.policy = self.execution.apply(self.load_weights(self.model_name_or_path)).train()
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
 
@@ -126,7 +136,7 @@ class DPOLitModule(pl.LightningModule):
                 f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
                 "restore that folder or start a new run"
             )
-        return weights.to(self.device)
+        return self.execution.apply(weights).to(self.device)
 
     # ---- the loss
 

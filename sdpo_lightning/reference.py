@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -107,7 +106,7 @@ class ResidentReference(ReferencePolicy):
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Copy the policy's weights; the first call makes the copy of the model."""
         if self._model is None:
-            self._model = copy.deepcopy(policy).requires_grad_(False)
+            self._model = policy.frozen_copy()
         else:
             copy_weights_(self._model, policy)
         self._model.eval()
