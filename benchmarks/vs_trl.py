@@ -11,7 +11,8 @@ ratios are medians over the rounds. CPU time, not wall time. Memory is the peak 
 | fast | ours: shared prompts, cached reference, bf16-mixed where the processor has it |
 | lean | as fast, one pair a micro-batch, layers recomputed, a small logits budget |
 | naive | ours, padded rows, resident reference, fp32 |
-| one, eight | fast, the same pairs as 1 and as 8 stages |
+| bare | the model, batches and numbers of fast in a plain loop, without Lightning and without files |
+| one, eight | fast, four times the pairs as 1 and as 8 stages |
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ import time
 from pathlib import Path
 
 VOCAB, HIDDEN, LAYERS = 16_000, 512, 8
-EPOCHS = {"1": 1, "3": 3}
-VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "one", "eight")
+VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "bare", "one", "eight")
 
 
 def workload(pairs: int, seed: int = 0) -> list[dict[str, str]]:
@@ -187,6 +187,46 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
         return [float(row["train/loss"]) for row in csv.DictReader(handle)]
 
 
+def run_bare(model_dir: Path, rows: list[dict[str, str]], epochs: int) -> list[float]:
+    """The work of `fast` and nothing else: load, reference pass, steps; the loss of every step."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from sdpo_lightning.backbone import load_policy
+    from sdpo_lightning.casts import CASTS
+    from sdpo_lightning.data.collate import PairTokenizer, SharedPrefixCollator
+    from sdpo_lightning.logprobs import pair_logps
+    from sdpo_lightning.losses import dpo_loss
+    from sdpo_lightning.types import PairLogps
+
+    measured_from()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenize = PairTokenizer(tokenizer, 512)
+    pairs = [tokenize(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    policy = load_policy(str(model_dir)).train()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    collate = SharedPrefixCollator(tokenizer.pad_token_id, pad_to_multiple_of=64)
+    starts = range(0, len(pairs), 4)
+    batches = [collate(list(range(i, i + 4)), pairs[i : i + 4], [1.0] * 4, 4) for i in starts]
+
+    def forward(batch) -> PairLogps:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(), cache_enabled=False):
+            return pair_logps(policy(batch), batch)
+
+    with torch.no_grad(), CASTS.held():
+        references = [forward(batch) for batch in batches]
+    losses = []
+    for _ in range(epochs):
+        for batch, reference in zip(batches, references, strict=True):
+            loss = dpo_loss(forward(batch), reference, 0.1).mean()
+            loss.backward()
+            torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
 def has_bf16() -> bool:
     """Whether the processor computes in bf16."""
     return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
@@ -215,8 +255,11 @@ def child(options: argparse.Namespace) -> None:
         import trl  # noqa: F401
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as out:
-        run = run_ours if ours else run_trl
-        losses = run(options.variant, Path(options.model), rows, options.epochs, Path(out))
+        if options.variant == "bare":
+            losses = run_bare(Path(options.model), rows, options.epochs)
+        else:
+            run = run_ours if ours else run_trl
+            losses = run(options.variant, Path(options.model), rows, options.epochs, Path(out))
     seconds = time.process_time() - _MEASURE["cpu"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported
     print("RESULT " + json.dumps({"seconds": seconds / len(rows), "peak_mb": peak / 1024, "losses": losses}))
@@ -246,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=48)
     for name in ("--variant", "--model", "--rows"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
@@ -255,17 +298,7 @@ def main() -> None:
         child(options)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        model, rows = Path(scratch) / "model", Path(scratch) / "rows.json"
-        make_model(model)
-        rows.write_text(json.dumps(workload(options.pairs)))
-        runs: dict[str, list[dict]] = {}
-        for number in range(options.rounds):
-            # a0 and naive are slow, and serve the comparison of losses: once is enough.
-            for variant in VARIANTS if number == 0 else [v for v in VARIANTS if v not in ("a0", "naive")]:
-                runs.setdefault(variant, []).append(measure(variant, model, rows, 1))
-                print(number, variant, {k: v for k, v in runs[variant][-1].items() if k != "losses"}, flush=True)
-            for variant in ("a2", "fast"):
-                runs.setdefault(f"{variant}_3", []).append(measure(variant, model, rows, 3))
+        runs = alternate(Path(scratch), options.pairs, options.rounds)
     # The first loss and the two behind an optimizer step: later ones drift by rounding, which Adam makes steps of.
     differences = [abs(a - b) for a, b in zip(runs["naive"][0]["losses"], runs["a0"][0]["losses"], strict=True)]
     difference = max(differences[:3])
@@ -280,6 +313,7 @@ def main() -> None:
         "peak_lean_vs_A2": ratio(runs, "lean", "a2", "peak_mb"),
         "time_lean_vs_A2": ratio(runs, "lean", "a2", "seconds"),
         "stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"),
+        "lightning_overhead": ratio(runs, "fast", "bare", "seconds"),
         "max_abs_loss_diff": difference,
         "max_abs_loss_diff_all_steps": max(differences),
         "method": "CPU time of one pinned core, [median, least, most] of the ratios of alternating runs",
@@ -294,6 +328,24 @@ def main() -> None:
     print(text)
     if options.json:
         Path(options.json).write_text(text + "\n")
+
+
+def alternate(scratch: Path, pairs: int, rounds: int) -> dict[str, list[dict]]:
+    """Every variant in turn, round after round."""
+    model, few, many = scratch / "model", scratch / "few.json", scratch / "many.json"
+    make_model(model)
+    few.write_text(json.dumps(workload(pairs)))
+    many.write_text(json.dumps(workload(4 * pairs)))
+    runs: dict[str, list[dict]] = {}
+    for number in range(rounds):
+        # a0 and naive are slow, and serve the comparison of losses: once is enough.
+        for variant in VARIANTS if number == 0 else [v for v in VARIANTS if v not in ("a0", "naive")]:
+            rows = many if variant in ("one", "eight") else few
+            runs.setdefault(variant, []).append(measure(variant, model, rows, 1))
+            print(number, variant, {k: v for k, v in runs[variant][-1].items() if k != "losses"}, flush=True)
+        for variant in ("a2", "fast"):
+            runs.setdefault(f"{variant}_3", []).append(measure(variant, model, few, 3))
+    return runs
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,8 @@ class CausalBackbone(nn.Module):
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:
             return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
-        return token_logps(hidden, batch, self.logits, head.weight.shape[0], self.logits_budget_mb)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb)
 
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated blocks of the model, in order.
