@@ -84,7 +84,7 @@ class StageTransition(pl.Callback):
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
         check_run_dir(trainer, pl_module)
         data = trainer.datamodule
-        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
+        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, data.pad_to_multiple_of)
         if trainer.ckpt_path is not None:
             return
         if data.needs_ranking and not trainer.fast_dev_run:
@@ -249,7 +249,7 @@ class StageTransition(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             return
         data = trainer.datamodule
-        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id)
+        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, data.pad_to_multiple_of)
         self._read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
         stage = Stage(index, "evaluation", ids, 1, 1, 0)

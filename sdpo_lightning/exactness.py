@@ -39,13 +39,16 @@ _ROWS_APART = {
 }  # fmt: skip
 
 
-def choose_layout(backbone: CausalBackbone, wanted: LayoutName, pad_token_id: int) -> PreferenceCollator:
+def choose_layout(
+    backbone: CausalBackbone, wanted: LayoutName, pad_token_id: int, pad_to_multiple_of: int = 1
+) -> PreferenceCollator:
     """The wanted layout if it is exact for this model, else the next that is, with a line that says why.
 
     Args:
         backbone: on its device, weights loaded.
         wanted: `data.layout`.
         pad_token_id: of the collator.
+        pad_to_multiple_of: of the collator.
 
     Raises:
         ConfigurationError: not even padded rows give the model's own logps.
@@ -53,7 +56,7 @@ def choose_layout(backbone: CausalBackbone, wanted: LayoutName, pad_token_id: in
     collators = {"shared_prefix": SharedPrefixCollator, "packed": PackedCollator, "padded": PaddedCollator}
     problem = ""
     for name in _FALLBACKS[wanted]:
-        collator = collators[name](pad_token_id)
+        collator = collators[name](pad_token_id, pad_to_multiple_of)
         problem = layout_problem(backbone, collator)
         if not problem:
             log.info("layout: %s", name)

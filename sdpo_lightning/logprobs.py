@@ -20,6 +20,8 @@ from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 # Block of fp32 logits on a CPU, in bytes: about what a core's caches hold.
 _CPU_BLOCK_BYTES = 4 * 2**20
+# Rows of the head come in multiples of this.
+_ROWS = 64
 
 
 def token_logps(
@@ -64,12 +66,20 @@ def linear_token_logps(
     Returns:
         `[N]` float32, nats.
     """
-    selected = hidden.flatten(0, 1)[batch.source_index]
+    sources, targets = _rounded(batch.source_index), _rounded(batch.target_ids)
+    selected = hidden.flatten(0, 1)[sources]
     kind = selected.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
     weight = CASTS.cast(head.weight, dtype)
     bias = None if head.bias is None else CASTS.cast(head.bias, dtype)
-    return _LinearLogps.apply(selected.to(dtype), weight, bias, batch.target_ids, scale, logits_budget_mb)
+    logps = _LinearLogps.apply(selected.to(dtype), weight, bias, targets, scale, logits_budget_mb)
+    return logps[: len(batch.target_ids)]
+
+
+def _rounded(index: Tensor) -> Tensor:
+    """`[N]` lengthened by zeros where N is large: each new N would cost kernels of its own."""
+    extra = -len(index) % _ROWS if len(index) > _ROWS else 0
+    return nn.functional.pad(index, (0, extra))
 
 
 def _logps_of(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
@@ -166,7 +176,9 @@ def _budget_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
 def _block_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
     if hidden.device.type != "cpu":
         return _budget_rows(hidden, 2 * vocab, budget_mb)
-    return max(1, _CPU_BLOCK_BYTES // (4 * vocab))
+    rows = max(1, _CPU_BLOCK_BYTES // (4 * vocab))
+    # Whole multiples here too: a last block of another length is a kernel of its own.
+    return rows if rows < _ROWS else rows - rows % _ROWS
 
 
 def _blocks(count: int, rows: int) -> list[slice]:

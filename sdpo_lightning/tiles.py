@@ -46,7 +46,9 @@ def tiled_attention(
 class _TiledAttention(torch.autograd.Function):
     """softmax(scale q k^T + causal mask) v, one tile of queries of one segment at a time."""
 
+    # Autocast would turn the fp32 products into bf16 ones.
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(
         ctx: Any,
         query: Tensor,

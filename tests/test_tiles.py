@@ -89,3 +89,11 @@ def test_long_segments_take_sdpa_with_the_same_values(monkeypatch, window):
         module, query, key, value, None, segments=SEGMENTS, scaling=0.3, sliding_window=window
     )
     torch.testing.assert_close(short, long, atol=2e-6, rtol=2e-6)
+
+
+def test_products_stay_in_fp32_under_autocast():
+    query, key, value = (t.detach() for t in inputs(torch.float32))
+    expected = tiled_attention(query, key, value, SEGMENTS, 0.3, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tiled_attention(query, key, value, SEGMENTS, 0.3, None)
+    assert torch.equal(found, expected)

@@ -154,10 +154,16 @@ class PreferenceCollator(ABC):
 
     Args:
         pad_token_id: fills masked positions; any valid id, no loss ever sees it.
+        pad_to_multiple_of: rows are lengthened to a multiple of this, so that kernels see few shapes.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
         self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def row_length(self, length: int) -> int:
+        """Length of a row that holds `length` tokens."""
+        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     @abstractmethod
     def __call__(
@@ -181,7 +187,7 @@ class PaddedCollator(PreferenceCollator):
     ) -> PreferenceBatch:
         """Build a micro-batch; see `PreferenceCollator`."""
         sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-        length = max(len(prompt) + len(completion) for prompt, completion in sides)
+        length = self.row_length(max(len(prompt) + len(completion) for prompt, completion in sides))
         input_ids = torch.full((len(sides), length), self.pad_token_id)
         attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
         builder = _Completions(2 * len(pairs))
@@ -213,6 +219,8 @@ class PackedCollator(PreferenceCollator):
         row = _Row(len(pairs))
         for number, pair in enumerate(pairs):
             self.add_pair(row, number, number + len(pairs), pair)
+        num_tokens = len(row.ids)
+        row.fill(self.row_length(num_tokens) - num_tokens, self.pad_token_id)
         return PreferenceBatch(
             input_ids=torch.tensor([row.ids]),
             position_ids=torch.tensor([row.positions]),
@@ -221,7 +229,7 @@ class PackedCollator(PreferenceCollator):
             pair_id=torch.tensor(pair_ids, dtype=torch.long),
             weights=torch.tensor(weights, dtype=torch.float32),
             step_pairs=step_pairs,
-            num_tokens=len(row.ids),
+            num_tokens=num_tokens,
             segments=tuple(row.segments),
         )
 
@@ -284,6 +292,14 @@ class _Row:
         first = start + len(prompt)
         self.completions.add(sequence, first - 1, first, completion)
         return start
+
+    def fill(self, count: int, token_id: int) -> None:
+        """Tokens that nothing attends to, as a segment of their own."""
+        if count:
+            start = len(self.ids)
+            self.ids += [token_id] * count
+            self.positions += range(count)
+            self.segments.append((start, len(self.ids), start, start))
 
     def add_behind(self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int]) -> None:
         """A completion behind a prompt that stands earlier in the row."""

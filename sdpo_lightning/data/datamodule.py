@@ -57,6 +57,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         batch_size: pairs per rank and micro-batch.
         max_length: most tokens of prompt + completion.
         layout: `shared_prefix`, `packed` or `padded`; where one isn't exact for the model, the next is taken.
+        pad_to_multiple_of: rows are lengthened to a multiple of this, so that kernels see few shapes.
         shuffle: shuffle the pairs of a stage anew each epoch.
         seed: of shuffling, pooling and splitting.
         on_bad_row: `drop` and count, or `error`.
@@ -80,6 +81,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         batch_size: int = 4,
         max_length: int = 1024,
         layout: LayoutName = "shared_prefix",
+        pad_to_multiple_of: int = 64,
         shuffle: bool = True,
         seed: int = 0,
         on_bad_row: Literal["drop", "error"] = "drop",
@@ -98,6 +100,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.max_length = max_length
         self.layout: LayoutName = layout
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.shuffle = shuffle
         self.seed = seed
         self.on_bad_row = on_bad_row
