@@ -7,7 +7,7 @@ ratios are medians over the rounds. CPU time, not wall time. Memory is the peak 
 |---|---|
 | a0 | TRL as it comes on a CPU: fp32, the head over prompts and padding too |
 | a2 | TRL with the tiled, completion-only head that it uses on CUDA |
-| a6 | a2 without gradient checkpointing, with reference logps computed beforehand |
+| a6 | a2 without gradient checkpointing, reference logps computed beforehand, pairs sorted by length |
 | fast | ours: shared prompts, cached reference, bf16-mixed where the processor has it |
 | lean | as fast, one pair a micro-batch, layers recomputed, a small logits budget |
 | naive | ours, padded rows, resident reference, fp32 |
@@ -88,8 +88,11 @@ def run_trl(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: i
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if variant == "a6":
+        rows = sorted(rows, key=lambda row: sum(len(text.split()) for text in row.values()))
     if variant != "a0":
         trl.trainer.utils._use_triton = lambda device: True
+    measured_from()
 
     losses: list[float] = []
 
@@ -130,7 +133,6 @@ def run_trl(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: i
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
-    measured_from()
     trainer.train()
     return losses
 
@@ -144,6 +146,7 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
 
     from sdpo_lightning import CachedReference, CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference
 
+    measured_from()
     stages = 8 if variant == "eight" else 1
     sources, size = [], len(rows) // stages
     for index in range(stages):
@@ -181,7 +184,6 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    measured_from()
     trainer.fit(model, data)
     with (out / "metrics.csv").open(newline="") as handle:
         return [float(row["train/loss"]) for row in csv.DictReader(handle)]
@@ -236,13 +238,14 @@ _MEASURE: dict[str, float] = {}
 
 
 def measured_from() -> None:
-    """Start of the measured part: model loading and training, after the imports."""
+    """Start of the measured part: loading, tokenising and training, after the imports."""
     _MEASURE["cpu"] = time.process_time()
 
 
 def child(options: argparse.Namespace) -> None:
     """One variant, in this process; prints its figures as JSON."""
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
     rows = json.loads(Path(options.rows).read_text())
