@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sdpo_lightning.attention import register_segment_attention
+from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
@@ -42,14 +42,16 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
-        packed = {} if batch.segments is None else {"segments": batch.segments}
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            **packed,
-        ).last_hidden_state
+        packed = batch.segments is not None
+        segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
+        with packed_rows(packed):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **segments,
+            ).last_hidden_state
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:
             return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
