@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sdpo_lightning.attention import register_segment_attention
+from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import offload_activations
@@ -49,15 +49,16 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
-        packed = {} if batch.segments is None else {"segments": batch.segments}
+        packed = batch.segments is not None
+        segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
-        with CASTS.in_use(), offload:
+        with packed_rows(packed), CASTS.in_use(), offload:
             hidden = self.model.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                **packed,
+                **segments,
             ).last_hidden_state
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:

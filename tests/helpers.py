@@ -6,6 +6,10 @@ import json
 import random
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 WORDS = [f"w{number}" for number in range(60)]
 
 
@@ -26,3 +30,17 @@ def make_rows(count: int, seed: int, name: str = "rows") -> list[dict]:
         rejected = " ".join(["w2", *generator.choices(WORDS, k=generator.randint(1, 8))])
         rows.append({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected})
     return rows
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple, scale: float, window: int | None
+) -> Tensor:
+    """`[H, L, E]`, by one L x L mask, written out token by token."""
+    length = query.shape[1]
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in segments:
+        for row in range(start, end):
+            seen = [*range(prefix_start, prefix_end), *range(start, row + 1)]
+            allowed[row, seen[-window:] if window else seen] = True
+    key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], 0) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed.to(query.device), scale=scale)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import dense_attention
 
 from sdpo_lightning import attention
 from sdpo_lightning.tiles import tiled_attention
@@ -17,18 +17,6 @@ def inputs(dtype, heads=4, kv_heads=2, length=87, size=8):
     return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
 
 
-def dense(query, key, value, scale, window):
-    """One L x L mask, written out token by token."""
-    length = query.shape[1]
-    allowed = torch.zeros(length, length, dtype=torch.bool)
-    for start, end, prefix_start, prefix_end in SEGMENTS:
-        for row in range(start, end):
-            seen = [*range(prefix_start, prefix_end), *range(start, row + 1)]
-            allowed[row, seen[-window:] if window else seen] = True
-    key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], 0) for t in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
-
-
 @pytest.mark.parametrize("window", [None, 1, 4, 60, 500])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients_equal_a_dense_mask(dtype, tolerance, window):
@@ -36,7 +24,7 @@ def test_values_and_gradients_equal_a_dense_mask(dtype, tolerance, window):
     for t, m in zip(theirs, mine, strict=True):
         t.data.copy_(m.data)
     out = tiled_attention(*mine, SEGMENTS, 0.3, window)
-    expected = dense(*theirs, 0.3, window)
+    expected = dense_attention(*theirs, SEGMENTS, 0.3, window)
     assert out.dtype == dtype and out.shape == expected.shape
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
     weights = torch.randn(expected.shape)
@@ -78,15 +66,15 @@ def test_the_same_values_with_and_without_gradients():
 @pytest.mark.parametrize("window", [None, 6])
 def test_long_segments_take_sdpa_with_the_same_values(monkeypatch, window):
     query, key, value = (t.detach()[None] for t in inputs(torch.float32))
-    module = torch.nn.Module()
+    module, plan = torch.nn.Module(), attention.SegmentPlan(SEGMENTS, "cpu")
     short, _ = attention._segment_attention(
-        module, query, key, value, None, segments=SEGMENTS, scaling=0.3, sliding_window=window
+        module, query, key, value, None, segments=plan, scaling=0.3, sliding_window=window
     )
     # 75 keys is the most a segment sees: at 74 the row is too long for tiles.
     monkeypatch.setattr(attention, "MAX_KEYS", 74)
     monkeypatch.setattr(attention, "tiled_attention", None)
     long, _ = attention._segment_attention(
-        module, query, key, value, None, segments=SEGMENTS, scaling=0.3, sliding_window=window
+        module, query, key, value, None, segments=plan, scaling=0.3, sliding_window=window
     )
     torch.testing.assert_close(short, long, atol=2e-6, rtol=2e-6)
 
