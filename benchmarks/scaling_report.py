@@ -7,7 +7,7 @@ from typing import Any
 
 TITLES = {
     "vocabulary": "Rows of the head",
-    "length": "Length of prompts and answers, times",
+    "length": "Length of prompts and answers (times)",
     "pairs": "Pairs in a stage",
     "stages": "Stages, at equal data",
 }
@@ -32,7 +32,7 @@ def markdown(report: dict[str, Any]) -> str:
         "the imports; it is held against a line through the first point: in proportion to the vocabulary or the "
         "length, and level for pairs and stages.",
         "",
-        "| axis | worst time per FLOP | linear or better, within 10 % | memory, last point / first | worst memory / line |",
+        "| axis | worst time per FLOP | within 10 % of linear | memory, last point / first | worst memory / line |",
         "|---|---|---|---|---|",
     ]
     for axis, found in report["axes"].items():
