@@ -6,7 +6,7 @@ FLOPs of a point are arithmetic (`flops.py`): the floor of its pairs, one traini
 
 | axis | what grows | what is timed |
 |---|---|---|
-| vocabulary | the head, 8k to 128k | a bare loop: reference pass, then steps of 8 pairs |
+| vocabulary | the head, 8k to 128k | a bare loop: reference pass and step of 8 pairs |
 | length | every prompt and answer, x1 to x4 | the same |
 | pairs | the pairs of one stage | a whole `Trainer.fit` |
 | stages | stages that the same pairs are cut into | a whole `Trainer.fit` |
@@ -51,7 +51,7 @@ class Point:
         scale: factor on the lengths of the pairs.
         pairs: pairs that are trained on.
         stages: that the pairs are cut into.
-        repeats: steps over the same pairs; a bare loop only.
+        repeats: steps over the same pairs that are averaged; a bare loop only.
         trainer: a whole `fit`, else a bare loop.
     """
 
@@ -76,9 +76,8 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """One pass of training and one of the reference over the pairs, times the repeats."""
-        forward = floor_forward(self.shape, pair_lengths(self.pairs, MAX_LENGTH, self.scale))
-        return self.repeats * training_flops(forward)
+        """One pass of training and one of the reference over the pairs."""
+        return training_flops(floor_forward(self.shape, pair_lengths(self.pairs, MAX_LENGTH, self.scale)))
 
 
 POINTS = (
@@ -110,7 +109,7 @@ def llama_config(shape: Shape) -> Any:
 
 
 def bare_loop(point: Point) -> float:
-    """Reference pass and optimizer steps, without a Trainer; CPU seconds after one step to warm up."""
+    """CPU seconds of a reference pass and an optimizer step without a Trainer, the first one left out."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -146,7 +145,7 @@ def bare_loop(point: Point) -> float:
     start = time.process_time()
     for _ in range(point.repeats):
         step()
-    return time.process_time() - start
+    return (time.process_time() - start) / point.repeats
 
 
 def make_model(folder: Path) -> None:
