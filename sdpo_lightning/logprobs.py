@@ -19,6 +19,8 @@ from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 # Block of fp32 logits on a CPU, in bytes: about what a core's caches hold.
 _CPU_BLOCK_BYTES = 4 * 2**20
+# The head's rows are rounded up to a multiple: a CPU keeps a compiled kernel for each number that it has seen.
+_ROW_MULTIPLE = 64
 
 
 def token_logps(
@@ -63,12 +65,16 @@ def linear_token_logps(
     Returns:
         `[N]` float32, nats.
     """
-    selected = hidden.flatten(0, 1)[batch.source_index]
+    count = len(batch.target_ids)
+    # Rows of position 0 that nothing reads: their gradient is 0.
+    extra = -count % _ROW_MULTIPLE if count > _ROW_MULTIPLE else 0
+    source_index, targets = (nn.functional.pad(t, (0, extra)) for t in (batch.source_index, batch.target_ids))
+    selected = hidden.flatten(0, 1)[source_index]
     kind = selected.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
-    return _LinearLogps.apply(selected.to(dtype), weight, bias, batch.target_ids, scale, logits_budget_mb)
+    return _LinearLogps.apply(selected.to(dtype), weight, bias, targets, scale, logits_budget_mb)[:count]
 
 
 def _logps_of(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
