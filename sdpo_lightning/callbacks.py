@@ -84,7 +84,7 @@ class StageTransition(pl.Callback):
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
         check_run_dir(trainer, pl_module)
         data = trainer.datamodule
-        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, data.pad_to_multiple_of)
+        _set_layout(data, pl_module)
         if trainer.ckpt_path is not None:
             return
         if data.needs_ranking and not trainer.fast_dev_run:
@@ -249,10 +249,10 @@ class StageTransition(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             return
         data = trainer.datamodule
-        data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, data.pad_to_multiple_of)
+        _set_layout(data, pl_module)
         self._read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
-        stage = Stage(index, "evaluation", ids, 1, 1, 0)
+        stage = Stage(index, "evaluation", ids, (1,), 0)
         inputs = ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
             rows_digest=lambda: trainer.datamodule.store.digest(ids),
@@ -273,6 +273,11 @@ class StageTransition(pl.Callback):
         """Load the reference that belongs to the policy's stage."""
         data = trainer.datamodule
         self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
+
+
+def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> None:
+    multiple = data.batching.pad_to_multiple_of
+    data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, multiple)
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

@@ -38,8 +38,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
         shortest = trainer.datamodule.shortest_epoch()
         if interval > shortest and trainer.check_val_every_n_epoch is not None:
             raise ConfigurationError(
-                f"`trainer.val_check_interval` is {interval} batches, but the shortest stage has {shortest}; "
-                f"use at most {shortest}, or a share such as 0.5"
+                f"`trainer.val_check_interval` is {interval} batches, but the shortest stage may have only "
+                f"{shortest}; use at most {shortest}, or a share such as 0.5"
             )
 
 

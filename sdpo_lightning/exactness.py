@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 
 LayoutName = Literal["shared_prefix", "packed", "padded"]
 
+COLLATORS: dict[LayoutName, type[PreferenceCollator]] = {
+    "shared_prefix": SharedPrefixCollator,
+    "packed": PackedCollator,
+    "padded": PaddedCollator,
+}
+
 _FALLBACKS: dict[LayoutName, tuple[LayoutName, ...]] = {
     "shared_prefix": ("shared_prefix", "packed", "padded"),
     "packed": ("packed", "padded"),
@@ -48,15 +54,14 @@ def choose_layout(
         backbone: on its device, weights loaded.
         wanted: `data.layout`.
         pad_token_id: of the collator.
-        pad_to_multiple_of: of the collator.
+        pad_to_multiple_of: of the row lengths of the collator.
 
     Raises:
         ConfigurationError: not even padded rows give the model's own logps.
     """
-    collators = {"shared_prefix": SharedPrefixCollator, "packed": PackedCollator, "padded": PaddedCollator}
     problem = ""
     for name in _FALLBACKS[wanted]:
-        collator = collators[name](pad_token_id, pad_to_multiple_of)
+        collator = COLLATORS[name](pad_token_id, pad_to_multiple_of)
         problem = layout_problem(backbone, collator)
         if not problem:
             log.info("layout: %s", name)

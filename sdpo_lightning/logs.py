@@ -110,7 +110,7 @@ class MetricsLog(pl.Callback):
             self.summaries[stage.index] = StageSummary(stage.index, stage.name, len(stage.pair_ids))
             self.summaries[stage.index].loss_first = values["loss"]
         summary = self.summaries[stage.index]
-        if summary.steps < stage.steps_per_epoch:
+        if summary.steps < stage.epoch_steps[0]:
             # Mean over one pass: gamma_ref is fixed within a stage.
             total = summary.gamma_ref * summary.gamma_ref_pairs + values["gamma_ref"] * pairs
             summary.gamma_ref_pairs += pairs

@@ -187,27 +187,40 @@ class Stage:
         index: from 1, the paper's t.
         name: the chunk's name.
         pair_ids: ids in file order, source after source.
-        epochs: passes over the chunk.
-        steps_per_epoch: optimizer steps of one pass.
+        epoch_steps: optimizer steps of each pass over the chunk.
         first_epoch: the Trainer's `current_epoch` at which the stage begins.
     """
 
     index: int
     name: str
     pair_ids: Sequence[int]
-    epochs: int
-    steps_per_epoch: int
+    epoch_steps: tuple[int, ...]
     first_epoch: int
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the chunk."""
+        return len(self.epoch_steps)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole stage."""
-        return self.epochs * self.steps_per_epoch
+        return sum(self.epoch_steps)
 
     @property
     def folder_name(self) -> str:
         """Name of M_t's folder, as in `02-pandalm`."""
         return f"{self.index:02d}-{self.name}"
+
+    def row(self) -> dict[str, str | int]:
+        """A row of `curriculum.json`."""
+        return {
+            "index": self.index,
+            "name": self.name,
+            "pairs": len(self.pair_ids),
+            "epochs": self.epochs,
+            "steps": self.num_steps,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,8 +228,8 @@ class ReferenceInputs:
     """What a reference may need at the start of a stage.
 
     Attributes:
-        batches: each pair of the chunk and each held-out pair once, unshuffled, this rank's share.
-        rows_digest: gives the sha256 over the tokenised rows of `batches` in order; slow, so only where needed.
+        batches: each pair of the chunk and each held-out pair once, in any order, this rank's share.
+        rows_digest: gives the sha256 over their tokenised rows in file order; slow, so only where needed.
         policy_digest: sha256 of the weights that the reference takes over, the recorded M_{t-1}.
         folder: where caches are kept, in the run directory.
         known: logps of M_0 where they were computed for the ranking; None from stage 2 on.

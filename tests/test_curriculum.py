@@ -194,14 +194,15 @@ def test_steps_per_epoch(pairs, micro_batch, accumulate, limit, expected):
 
 def plan():
     chunks = [Chunk("easy", [1, 2, 3]), Chunk("middle", [4]), Chunk("hard", [5, 6])]
-    return stage_plan(chunks, epochs=[1, 3, 2], steps=[3, 1, 2])
+    return stage_plan(chunks, [[3], [1, 1, 1], [2, 3]])
 
 
 def test_stage_plan_by_hand():
     stages = plan()
     assert [stage.index for stage in stages] == [1, 2, 3]
     assert [stage.first_epoch for stage in stages] == [0, 1, 4]
-    assert [stage.num_steps for stage in stages] == [3, 3, 4]
+    assert [stage.num_steps for stage in stages] == [3, 3, 2 + 3]
+    assert [stage.epochs for stage in stages] == [1, 3, 2]
     assert [stage.folder_name for stage in stages] == ["01-easy", "02-middle", "03-hard"]
     assert [list(stage.pair_ids) for stage in stages] == [[1, 2, 3], [4], [5, 6]]
 
@@ -218,7 +219,7 @@ def test_stage_of_epoch_and_beyond_the_end():
 @pytest.mark.parametrize("pair_ids, steps", [([], 1), ([1, 2], 0)])
 def test_a_stage_without_a_step_is_refused(pair_ids, steps):
     with pytest.raises(ConfigurationError, match="stage 2 'empty'.*limit_train_batches"):
-        stage_plan([Chunk("full", [9]), Chunk("empty", pair_ids)], [1, 1], [1, steps])
+        stage_plan([Chunk("full", [9]), Chunk("empty", pair_ids)], [[1], [1, steps]])
 
 
 # ---- held-out pairs

@@ -11,15 +11,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_lightning.data.batching import longer_side
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 Text = str | list[dict[str, str]]
+Count = TypeVar("Count", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -154,16 +158,17 @@ class PreferenceCollator(ABC):
 
     Args:
         pad_token_id: fills masked positions; any valid id, no loss ever sees it.
-        pad_to_multiple_of: rows are lengthened to a multiple of this, so that kernels see few shapes.
+        pad_to_multiple_of: row lengths are rounded up to a multiple of it, so that matmuls see few shapes.
+
+    Attributes:
+        pads: True where all pairs of a micro-batch take as much room as the longest.
     """
+
+    pads = False
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
-
-    def row_length(self, length: int) -> int:
-        """Length of a row that holds `length` tokens."""
-        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     @abstractmethod
     def __call__(
@@ -178,16 +183,38 @@ class PreferenceCollator(ABC):
             step_pairs: real pairs of the whole optimizer step.
         """
 
+    @abstractmethod
+    def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens that the model runs on for a pair.
+
+        Args:
+            lengths: `[3, P]` int64, of prompt, chosen and rejected.
+
+        Returns:
+            `[P]` int64; where the layout `pads`, of the pair alone.
+        """
+
+    def row_length(self, tokens: Count) -> Count:
+        """Length of a row that holds so many tokens."""
+        return -(-tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
 
 class PaddedCollator(PreferenceCollator):
     """Right-padded rows `[2B, L]`, chosen rows first. Exact for every model."""
+
+    pads = True
+
+    def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Two rows, `[P]`; see `PreferenceCollator`."""
+        return 2 * self.row_length(longer_side(lengths))
 
     def __call__(
         self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
     ) -> PreferenceBatch:
         """Build a micro-batch; see `PreferenceCollator`."""
         sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-        length = self.row_length(max(len(prompt) + len(completion) for prompt, completion in sides))
+        longest = max(len(prompt) + len(completion) for prompt, completion in sides)
+        length = self.row_length(longest)
         input_ids = torch.full((len(sides), length), self.pad_token_id)
         attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
         builder = _Completions(2 * len(pairs))
@@ -199,7 +226,8 @@ class PaddedCollator(PreferenceCollator):
             builder.add(row, first - 1, first, completion)
         return PreferenceBatch(
             input_ids=input_ids,
-            position_ids=torch.arange(length).expand(len(sides), length).contiguous(),
+            # A model with a table of positions may have none beyond the longest row.
+            position_ids=torch.arange(length).clamp(max=longest - 1).expand(len(sides), length).contiguous(),
             attention_mask=attention_mask,
             **builder.tensors(),
             pair_id=torch.tensor(pair_ids, dtype=torch.long),
@@ -210,7 +238,7 @@ class PaddedCollator(PreferenceCollator):
 
 
 class PackedCollator(PreferenceCollator):
-    """One row without padding: each completion behind a prompt of its own, as separate segments."""
+    """One row: each completion behind a prompt of its own, as separate segments; what rounds it up comes last."""
 
     def __call__(
         self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
@@ -220,7 +248,7 @@ class PackedCollator(PreferenceCollator):
         for number, pair in enumerate(pairs):
             self.add_pair(row, number, number + len(pairs), pair)
         num_tokens = len(row.ids)
-        row.fill(self.row_length(num_tokens) - num_tokens, self.pad_token_id)
+        row.fill(self.row_length(num_tokens), self.pad_token_id)
         return PreferenceBatch(
             input_ids=torch.tensor([row.ids]),
             position_ids=torch.tensor([row.positions]),
@@ -233,6 +261,10 @@ class PackedCollator(PreferenceCollator):
             segments=tuple(row.segments),
         )
 
+    def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Two prompts and two completions, `[P]`; see `PreferenceCollator`."""
+        return lengths.sum(0) + lengths[0]
+
     def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append one pair, whose completions are the sequences `chosen` and `rejected`."""
         row.add(chosen, pair.prompt_ids, pair.chosen_ids)
@@ -240,7 +272,11 @@ class PackedCollator(PreferenceCollator):
 
 
 class SharedPrefixCollator(PackedCollator):
-    """One row without padding: the prompt once, and both completions behind it (arXiv 2410.20305)."""
+    """One row: the prompt once, and both completions behind it (arXiv 2410.20305)."""
+
+    def pair_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """One prompt and two completions, `[P]`; see `PreferenceCollator`."""
+        return lengths.sum(0)
 
     def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append prompt and chosen completion, then the rejected one, which attends to the same prompt."""
@@ -293,14 +329,6 @@ class _Row:
         self.completions.add(sequence, first - 1, first, completion)
         return start
 
-    def fill(self, count: int, token_id: int) -> None:
-        """Tokens that nothing attends to, as a segment of their own."""
-        if count:
-            start = len(self.ids)
-            self.ids += [token_id] * count
-            self.positions += range(count)
-            self.segments.append((start, len(self.ids), start, start))
-
     def add_behind(self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int]) -> None:
         """A completion behind a prompt that stands earlier in the row."""
         start = len(self.ids)
@@ -309,3 +337,11 @@ class _Row:
         prompt_end = prompt_start + prompt_length
         self.segments.append((start, len(self.ids), prompt_start, prompt_end))
         self.completions.add(sequence, prompt_end - 1, start, completion)
+
+    def fill(self, length: int, pad_token_id: int) -> None:
+        """Round the row up by a segment of its own, which no completion sees."""
+        start = len(self.ids)
+        if start < length:
+            self.ids += [pad_token_id] * (length - start)
+            self.positions += range(length - start)
+            self.segments.append((start, length, start, start))

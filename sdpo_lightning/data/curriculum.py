@@ -10,9 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage
+from sdpo_lightning.types import Chunk, ConfigurationError, PairLogps, ResumeError, Stage
 
 log = logging.getLogger(__name__)
+
+
+def pair_gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:
+    """Gamma `[B]` of summed logps (below Eq. 1), or of the means over their tokens."""
+    if difficulty == "sum_logps":
+        return logps.gamma
+    return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths
 
 
 def reward_accuracy(scores: Tensor) -> tuple[float, float]:
@@ -126,21 +133,19 @@ def _shuffled(items: Sequence[int], seed: int) -> list[int]:
     return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
 
 
-def steps_per_epoch(
-    num_pairs: int, pairs_per_micro_batch: int, accumulate: int, limit_batches: float
-) -> tuple[int, int]:
+def steps_per_epoch(num_runs: int, world_size: int, accumulate: int, limit_batches: float) -> tuple[int, int]:
     """Micro-batches and optimizer steps of one pass over a chunk; the last, smaller ones count.
 
     Args:
-        num_pairs: pairs of the chunk.
-        pairs_per_micro_batch: over all ranks (`data.batch_size` times the world size).
+        num_runs: what the chunk is cut into, each for one micro-batch of one rank.
+        world_size: runs that the ranks take at a time.
         accumulate: `trainer.accumulate_grad_batches`.
         limit_batches: `trainer.limit_train_batches`; an int is a number, a float a share.
 
     Returns:
         Micro-batches a rank, optimizer steps.
     """
-    batches = math.ceil(num_pairs / pairs_per_micro_batch)
+    batches = math.ceil(num_runs / world_size)
     if isinstance(limit_batches, int):
         batches = min(batches, limit_batches)
     else:
@@ -148,13 +153,12 @@ def steps_per_epoch(
     return batches, math.ceil(batches / accumulate)
 
 
-def stage_plan(chunks: Sequence[Chunk], epochs: Sequence[int], steps: Sequence[int]) -> list[Stage]:
+def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) -> list[Stage]:
     """The stages of a run.
 
     Args:
         chunks: in training order.
-        epochs: passes over each chunk.
-        steps: optimizer steps of one pass over each chunk.
+        epoch_steps: optimizer steps of each pass over each chunk.
 
     Returns:
         One `Stage` a chunk, index from 1.
@@ -163,14 +167,14 @@ def stage_plan(chunks: Sequence[Chunk], epochs: Sequence[int], steps: Sequence[i
         ConfigurationError: a chunk without pairs or without a step.
     """
     stages, first_epoch = [], 0
-    for index, (chunk, passes, per_epoch) in enumerate(zip(chunks, epochs, steps, strict=True), 1):
-        if not len(chunk.pair_ids) or per_epoch < 1:
+    for index, (chunk, steps) in enumerate(zip(chunks, epoch_steps, strict=True), 1):
+        if not len(chunk.pair_ids) or min(steps) < 1:
             raise ConfigurationError(
                 f"stage {index} {chunk.name!r}: {len(chunk.pair_ids)} pairs make no optimizer step; "
                 "check `data.sources` and `trainer.limit_train_batches`"
             )
-        stages.append(Stage(index, chunk.name, chunk.pair_ids, passes, per_epoch, first_epoch))
-        first_epoch += passes
+        stages.append(Stage(index, chunk.name, chunk.pair_ids, tuple(steps), first_epoch))
+        first_epoch += len(steps)
     return stages
 
 

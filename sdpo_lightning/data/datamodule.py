@@ -1,4 +1,4 @@
-"""Rank 4: sources -> stages; the loader of the current stage.
+"""Rank 5: sources -> stages; the loader of the current stage.
 
 The walk: `setup` reads and tokenises the sources (no weights so far) -> the transition callback scores them
 by M_0 and calls `rank` -> `partition` makes chunks -> `stages` -> each epoch `train_dataloader` gives the
@@ -7,7 +7,6 @@ loader of its stage. The order is state of the checkpoint: a resumed run never r
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,19 +26,19 @@ from sdpo_lightning.data.curriculum import (
     compare_plans,
     epochs_of,
     order_groups,
+    pair_gamma,
     reward_accuracy,
     stage_names,
     stage_of_epoch,
     stage_plan,
-    steps_per_epoch,
 )
-from sdpo_lightning.data.loader import PairStore, StageLoader, epoch_order
+from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
 from sdpo_lightning.data.sources import PreferenceSource
-from sdpo_lightning.exactness import LayoutName
-from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
+from sdpo_lightning.exactness import COLLATORS, LayoutName
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, ResumeError, Stage
 
-log = logging.getLogger(__name__)
 
 class CurriculumDataModule(pl.LightningDataModule):
     """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
@@ -54,10 +53,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         difficulty: score of a pair: `sum_logps`, the paper's gamma, or `mean_logps` per token.
         rank_limit: rank by the first N kept pairs of each source.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
-        batch_size: pairs per rank and micro-batch.
+        batch_size: pairs per rank and micro-batch; ignored where `batch_tokens` is given.
+        batch_tokens: most tokens that the model runs on per rank and micro-batch; a pair beyond it stands alone.
+        bucket_window: optimizer steps among which pairs of like length are brought together; 0 is off.
+        pad_to_multiple_of: rows are rounded up to such a length, so that matmuls see few shapes; 1 is exact.
         max_length: most tokens of prompt + completion.
         layout: `shared_prefix`, `packed` or `padded`; where one isn't exact for the model, the next is taken.
-        pad_to_multiple_of: rows are lengthened to a multiple of this, so that kernels see few shapes.
         shuffle: shuffle the pairs of a stage anew each epoch.
         seed: of shuffling, pooling and splitting.
         on_bad_row: `drop` and count, or `error`.
@@ -79,9 +80,11 @@ class CurriculumDataModule(pl.LightningDataModule):
         rank_limit: int | None = None,
         epochs_per_stage: int | dict[str, int] = 1,
         batch_size: int = 4,
+        batch_tokens: int | None = None,
+        bucket_window: int = 0,
+        pad_to_multiple_of: int = 64,
         max_length: int = 1024,
         layout: LayoutName = "shared_prefix",
-        pad_to_multiple_of: int = 64,
         shuffle: bool = True,
         seed: int = 0,
         on_bad_row: Literal["drop", "error"] = "drop",
@@ -97,11 +100,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.difficulty = difficulty
         self.rank_limit = rank_limit
         self.epochs_per_stage = epochs_per_stage
-        self.batch_size = batch_size
+        self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
         self.layout: LayoutName = layout
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.shuffle = shuffle
         self.seed = seed
         self.on_bad_row = on_bad_row
         self.val_fraction = val_fraction
@@ -111,6 +112,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         self._chunks: list[Chunk] | None = None
         self._ranking_requested = False
         self._rows_digest: str | None = None
+        self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
+        self._layout_before: str | None = None
         check_groups([source.name for source in sources], self.groups, partition)
         names = stage_names(partition, self.groups)
         check_epochs(epochs_per_stage, names, [source.name for source in sources] if merge_ties else [])
@@ -132,7 +135,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None else 0
         # Until the model is there to say whether `layout` is exact for it.
-        self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id)
+        self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id, self.batching.pad_to_multiple_of)
 
     # ---- pair scores -> chunks -> stages
 
@@ -152,7 +155,7 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
         """Score `[B]` of each pair, higher = easier; above 0 counts as right. Override to redefine difficulty."""
-        return _gamma(logps, self.difficulty)
+        return pair_gamma(logps, self.difficulty)
 
     def rank(self, m0: LogpTable | None) -> None:
         """Decide the chunks.
@@ -166,7 +169,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             assert bool(known.all()), "the ranking pass left pairs out"
             scores[report.name] = self.pair_scores(logps)
             report.reward_accuracy, report.standard_error = reward_accuracy(scores[report.name])
-            mean = reward_accuracy(_gamma(logps, "mean_logps"))
+            mean = reward_accuracy(pair_gamma(logps, "mean_logps"))
             report.mean_logps_accuracy, report.mean_logps_standard_error = mean
         self._chunks = self.partition(scores)
 
@@ -187,11 +190,25 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
-        assert self._chunks is not None and self.trainer is not None, "the plan is read before it is made"
-        per_batch = self.batch_size * self.trainer.world_size
-        accumulate, limit = self.trainer.accumulate_grad_batches, self.trainer.limit_train_batches
-        counts = [steps_per_epoch(len(c.pair_ids), per_batch, accumulate, limit)[1] for c in self._chunks]
-        return stage_plan(self._chunks, [epochs_of(self.epochs_per_stage, c.name) for c in self._chunks], counts)
+        assert self._chunks is not None, "the plan is read before it is made"
+        passes = self._passes(self.collator)
+        # `rank` changes the limit. As text too, because 1 is a number of batches and 1.0 is all of them.
+        key = (passes, repr(passes.limit))
+        # Thousands of ids are not compared at each batch.
+        if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
+            self._check_layout()
+            passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
+            steps = [passes.epoch_steps(c, epochs_of(self.epochs_per_stage, c.name)) for c in self._chunks]
+            self._planned = self._chunks, key, stage_plan(self._chunks, steps)
+        return self._planned[2]
+
+    def _check_layout(self) -> None:
+        before, layout = self._layout_before, type(self.collator).__name__
+        if self.batching.batch_tokens is not None and before not in (None, layout):
+            raise ResumeError(
+                f"the checkpoint's run counted `data.batch_tokens` by {before}, this one by {layout}, with other pairs "
+                "in a step; set `data.layout` to what that run's log says"
+            )
 
     def total_epochs(self) -> int:
         """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
@@ -200,29 +217,22 @@ class CurriculumDataModule(pl.LightningDataModule):
         return sum(epochs_of(self.epochs_per_stage, name) for name in stage_names(self.partition_kind, self.groups))
 
     def shortest_epoch(self) -> int:
-        """Micro-batches a rank of the shortest chunk, before the chunks are decided: at most one too few."""
-        sizes = [sum(self.reports[name].pairs for name in group) for group in self.groups]
-        pairs = sum(sizes) if self.partition_kind == "pooled" else min(sizes)
-        assert self.trainer is not None
-        return steps_per_epoch(
-            pairs, self.batch_size * self.trainer.world_size, 1, self.trainer.limit_train_batches
-        )[0]
+        """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
+        # A layout that this one has to give way to takes more.
+        passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
+        groups = [list(self.reports)] if self.partition_kind == "pooled" else self.groups
+        found = []
+        for group in groups:
+            ids = [i for name in group for i in self.reports[name].train_ids]
+            found.append(passes.fewest_batches(self.train_ids() if self.partition_kind == "random" else ids, len(ids)))
+        return min(found)
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
         return {
             "order": self.source_order,
             "sources": [report.row() for report in self.reports.values()],
-            "stages": [
-                {
-                    "index": stage.index,
-                    "name": stage.name,
-                    "pairs": len(stage.pair_ids),
-                    "epochs": stage.epochs,
-                    "steps": stage.num_steps,
-                }
-                for stage in self.stages()
-            ],
+            "stages": [stage.row() for stage in self.stages()],
         }
 
     # ---- loaders
@@ -231,16 +241,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The loader of the Trainer's current epoch."""
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
-        epoch = self.trainer.current_epoch - stage.first_epoch
-        ids = epoch_order(stage.pair_ids, self.seed, stage.name, epoch) if self.shuffle else stage.pair_ids
-        batches, _ = steps_per_epoch(
-            len(ids), self.batch_size * self.trainer.world_size, 1, self.trainer.limit_train_batches
-        )
-        return self._loader(ids, self.trainer.accumulate_grad_batches, batches)
+        return self._passes(self.collator).training(stage, self.trainer.current_epoch - stage.first_epoch)
 
     def val_dataloader(self) -> list[StageLoader]:
         """One loader a source that has held-out pairs, in the order of `val_names`."""
-        return [self._loader(self.reports[name].val_ids) for name in self.val_names]
+        passes = self._passes(self.collator)
+        return [passes.loader(self.reports[name].val_ids) for name in self.val_names]
 
     def test_dataloader(self) -> list[StageLoader]:
         """The held-out pairs."""
@@ -248,7 +254,7 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> StageLoader:
         """Every kept pair once, training pairs of all sources first."""
-        return self._loader(self.train_ids() + self.val_ids())
+        return self._passes(self.collator).loader(self.train_ids() + self.val_ids())
 
     def reference_ids(self, stage: Stage) -> list[int]:
         """Ids of the stage's pairs and of all held-out pairs."""
@@ -259,20 +265,20 @@ class CurriculumDataModule(pl.LightningDataModule):
         return self.train_ids(self.rank_limit) + self.val_ids()
 
     def batches(self, pair_ids: list[int]) -> StageLoader:
-        """Each of the pairs once, unshuffled, this rank's share."""
-        return self._loader(pair_ids)
+        """Each of the pairs once, the longest first, this rank's share."""
+        return self._passes(self.collator).longest_first(pair_ids)
 
-    def _loader(self, ids: list[int], accumulate: int = 1, max_batches: int | None = None) -> StageLoader:
-        assert self.trainer is not None
-        return StageLoader(
+    def _passes(self, collator: PreferenceCollator) -> Passes:
+        trainer = self.trainer
+        assert trainer is not None
+        return Passes(
             self.store,
-            self.collator,
-            ids,
-            self.batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            accumulate=accumulate,
-            max_batches=max_batches,
+            collator,
+            self.batching,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            limit=trainer.limit_train_batches,
         )
 
     @property
@@ -299,6 +305,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         chunks = self._chunks or []
         return {
             "plan": self._plan(),
+            "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
             "chunk_names": [chunk.name for chunk in chunks],
             "chunk_ids": [torch.tensor(chunk.pair_ids) for chunk in chunks],
@@ -313,11 +320,9 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._rows_digest = self.store.digest(self.train_ids() + self.val_ids())
         return {
             "tokenised rows of data.sources (sha256)": self._rows_digest,
-            "data.batch_size x processes": self.batch_size * trainer.world_size,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.limit_train_batches": trainer.limit_train_batches,
-            "data.shuffle": self.shuffle,
-            "data.seed": self.seed,
+            **self.batching.plan(trainer.world_size),
             "data.partition": self.partition_kind,
             "data.order": self.order,
             "data.stages": self.groups,
@@ -332,15 +337,10 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(state_dict["plan"], self._plan())
+            self._layout_before = state_dict["layout"]
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
         for name, row in state_dict["scores"].items():
             if name in self.reports:
                 self.reports[name].take_scores(row)
-
-
-def _gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:
-    if difficulty == "sum_logps":
-        return logps.gamma
-    return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from sdpo_lightning.data.batching import bucket_order, cut_by_pairs, cut_by_tokens, longer_side
 from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
+from sdpo_lightning.data.curriculum import steps_per_epoch
 from sdpo_lightning.types import PreferenceBatch
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -28,12 +30,22 @@ class PairStore:
         ids = np.asarray(self._rows.with_format("numpy")["pair_id"][:])
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
+        columns = self._rows.with_format("arrow")
+        self._lengths = np.stack([pc.list_value_length(columns[name][:]).to_numpy().astype(np.int64) for name in _IDS])
+
+    def _row_numbers(self, pair_ids: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(pair_ids, dtype=np.int64)
+        found = np.searchsorted(self._sorted_ids, ids)
+        assert (self._sorted_ids[found] == ids).all(), "unknown pair id"
+        return self._order[found]
+
+    def lengths(self, pair_ids: Sequence[int]) -> np.ndarray:
+        """`[3, P]` int64: tokens of prompt, chosen and rejected completion of the given pairs."""
+        return self._lengths[:, self._row_numbers(pair_ids)]
 
     def get(self, pair_ids: Sequence[int]) -> list[TokenizedPair]:
         """The pairs of the given ids, in that order."""
-        found = np.searchsorted(self._sorted_ids, np.asarray(pair_ids))
-        assert (self._sorted_ids[found] == np.asarray(pair_ids)).all(), "unknown pair id"
-        rows = self._rows[self._order[found].tolist()]
+        rows = self._rows[self._row_numbers(pair_ids).tolist()]
         return [TokenizedPair(*ids) for ids in zip(*(rows[name] for name in _IDS), strict=True)]
 
     def digest(self, pair_ids: Sequence[int]) -> str:
@@ -51,28 +63,68 @@ def epoch_order(pair_ids: Sequence[int], seed: int, stage_name: str, epoch: int)
 
     A stage run alone sees the same order, and so does a resumed one.
     """
-    text = f"{seed}:{stage_name}:{epoch}".encode()
-    mixed = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
-    generator = torch.Generator().manual_seed(mixed)
+    generator = _generator(f"{seed}:{stage_name}:{epoch}")
     return [pair_ids[i] for i in torch.randperm(len(pair_ids), generator=generator).tolist()]
+
+
+def bucketed_order(
+    store: PairStore,
+    pair_ids: Sequence[int],
+    run_pairs: int,
+    window_runs: int,
+    seed: int,
+    stage_name: str,
+    epoch: int,
+) -> list[int]:
+    """`epoch_order`, and within windows of it pairs of like length side by side; as pure a function.
+
+    Args:
+        store: knows the lengths.
+        pair_ids: of the stage.
+        run_pairs: pairs that all ranks take at a time.
+        window_runs: runs of a window.
+        seed: of both shuffles.
+        stage_name: as for `epoch_order`.
+        epoch: within the stage.
+    """
+    ids = epoch_order(pair_ids, seed, stage_name, epoch)
+    generator = _generator(f"{seed}:{stage_name}:{epoch}:buckets")
+    order = bucket_order(longer_side(store.lengths(ids)), run_pairs, window_runs, generator)
+    return [ids[i] for i in order.tolist()]
+
+
+def _generator(text: str) -> torch.Generator:
+    mixed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(mixed)
+
+
+def row_limit(collator: PreferenceCollator, batch_tokens: int) -> int:
+    """Most tokens of a micro-batch whose rows, rounded up, stay within `batch_tokens`."""
+    return batch_tokens // collator.pad_to_multiple_of * collator.pad_to_multiple_of
 
 
 class StageLoader:
     """Micro-batches of one pass, this rank's share. Not a `DataLoader`: it resumes at any batch.
 
-    An optimizer step takes the next `accumulate * world_size * batch_size` pairs; its micro-batch k on rank r
-    is the (k * world_size + r)-th run of `batch_size` of them. The last step may be smaller; a rank without
-    a pair gets a filler of weight 0, so that all ranks run the same number of micro-batches.
+    The pass is cut into runs of `batch_size` pairs, or of as many as fit `batch_tokens`. An optimizer step takes
+    the next `accumulate * world_size` runs; its micro-batch k on rank r is the (k * world_size + r)-th of them.
+    The last step may be smaller; a rank without a run gets a filler of weight 0, so that all ranks run the same
+    number of micro-batches.
 
     Args:
         store: where the ids of a pair are found.
         collator: makes the batches.
         pair_ids: in the order of this pass.
-        batch_size: pairs a rank and micro-batch.
+        batch_size: pairs a rank and micro-batch; ignored where `batch_tokens` is given.
         rank: of this process.
         world_size: processes.
         accumulate: micro-batches an optimizer step.
-        max_batches: micro-batches after which the Trainer stops (`limit_train_batches`).
+        max_batches: micro-batches after which the Trainer stops (`limit_train_batches`: an int is a number, a float
+            a share); None is all.
+        batch_tokens: most tokens that the model runs on in a micro-batch; a pair beyond it stands alone.
+
+    Attributes:
+        num_steps: optimizer steps of the pass.
     """
 
     def __init__(
@@ -84,22 +136,30 @@ class StageLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
-        max_batches: int | None = None,
+        max_batches: float | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         self._store = store
         self._collator = collator
         self._pair_ids = pair_ids
-        self._batch_size = batch_size
         self._rank = rank
         self._world_size = world_size
         self._accumulate = accumulate
-        used = len(self) if max_batches is None else min(len(self), max_batches)
-        self._pairs_used = min(len(pair_ids), used * world_size * batch_size)
+        if batch_tokens is None:
+            self._bounds = cut_by_pairs(len(pair_ids), batch_size).tolist()
+        else:
+            tokens = collator.pair_tokens(store.lengths(pair_ids))
+            self._bounds = cut_by_tokens(tokens, row_limit(collator, batch_tokens), collator.pads).tolist()
+        used, self.num_steps = self._count(accumulate, 1.0 if max_batches is None else max_batches)
+        self._runs_used = min(used * world_size, len(self._bounds) - 1)
         self._position = 0
         self._resume_at = 0
 
+    def _count(self, accumulate: int, limit: float) -> tuple[int, int]:
+        return steps_per_epoch(len(self._bounds) - 1, self._world_size, accumulate, limit)
+
     def __len__(self) -> int:
-        return math.ceil(len(self._pair_ids) / (self._batch_size * self._world_size))
+        return self._count(1, 1.0)[0]
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
         # Lazy: Lightning calls iter() several times before it takes a batch, and takes no more than it counts.
@@ -109,14 +169,17 @@ class StageLoader:
             yield self._batch(position)
 
     def _batch(self, position: int) -> PreferenceBatch:
-        start = (position * self._world_size + self._rank) * self._batch_size
-        ids = list(self._pair_ids[start : start + self._batch_size])
-        weights = [1.0] * len(ids)
-        if not ids:
-            ids, weights = [self._pair_ids[0]], [0.0]
-        window = self._accumulate * self._world_size * self._batch_size
+        run = position * self._world_size + self._rank
+        if run < len(self._bounds) - 1:
+            ids = list(self._pair_ids[self._bounds[run] : self._bounds[run + 1]])
+            weights = [1.0] * len(ids)
+        else:
+            ids, weights = [self._pair_ids[-1]], [0.0]
+        window = self._accumulate * self._world_size
         begin = position // self._accumulate * window
-        step_pairs = max(1, min(begin + window, self._pairs_used) - begin)
+        # Beyond `max_batches` none is used.
+        end = max(begin, min(begin + window, self._runs_used))
+        step_pairs = max(1, self._bounds[end] - self._bounds[begin])
         return self._collator(ids, self._store.get(ids), weights, step_pairs)
 
     def state_dict(self) -> dict[str, int]:
