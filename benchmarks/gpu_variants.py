@@ -8,16 +8,14 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.flops import Shape
 from benchmarks.gpu_jobs import CHECK_STEPS, SETTINGS, Job, Setting
-from benchmarks.workloads import Ids, pair_ids
+from benchmarks.workloads import Ids, llama_config, pair_ids
 
 BETA, CLIP = 0.1, 1.0
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,28 +48,10 @@ def make_model(setting: Setting, job: Job, attention: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    config, dtype = llama_config(setting.shape, max(job.length, 8192)), getattr(torch, setting.weights)
     with torch.device(job.device):
-        model = AutoModelForCausalLM.from_config(
-            _config(setting.shape, job.length), dtype=getattr(torch, setting.weights), attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.train()
-
-
-def _config(shape: Shape, length: int) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=max(length, 8192),
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
 
 
 def _lora_config() -> Any:
@@ -124,9 +104,10 @@ class BareLoop:
             seed_adapters(model)
         if job.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if job.compiled:
-            compile_layers(model)
         self.model = CausalBackbone(model, job.logits_budget_mb)
+        self.model.offloads_activations = job.offload
+        if job.compiled:
+            self.model.compile_layers()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.setting, self.trained)
         self.collator = (SharedPrefixCollator if job.variant == "ours" else PackedCollator)(pad_token_id=0)
@@ -162,8 +143,7 @@ class BareLoop:
 
         steps: list[Tensor] = []
         for number, batch in enumerate(self.batches(pairs)):
-            with offloading(self.job):
-                loss = dpo_loss(self.score(batch), references[number], BETA).sum() / self.job.step_pairs
+            loss = dpo_loss(self.score(batch), references[number], BETA).sum() / self.job.step_pairs
             loss.backward()
             first = number * self.job.micro_batch % self.job.step_pairs == 0
             steps = [*steps, loss.detach()] if first else [*steps[:-1], steps[-1] + loss.detach()]
@@ -181,27 +161,6 @@ def make_optimizer(setting: Setting, parameters: list[nn.Parameter]) -> torch.op
 
         return AdamW8bit(parameters, lr=setting.learning_rate, weight_decay=0.0)
     return torch.optim.AdamW(parameters, lr=setting.learning_rate, weight_decay=0.0, fused=True)
-
-
-def offloading(job: Job) -> AbstractContextManager[Any]:
-    """Saved tensors in (pinned) memory of the host, or where they are.
-
-    Without checkpointing this moves the weights that the backward pass needs, too.
-    """
-    if not job.offload:
-        return nullcontext()
-    return torch.autograd.graph.save_on_cpu(pin_memory=job.device.startswith("cuda"))
-
-
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile each decoder layer for any length; the attention itself, whose work is in kernels, stays as it is."""
-    from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = model.config._attn_implementation
-    AttentionInterface.register(name, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[name]))
-    for layer in model.base_model.layers:
-        layer.compile(dynamic=True, backend=backend)
 
 
 # ---- TRL

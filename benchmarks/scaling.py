@@ -31,13 +31,14 @@ from typing import Any
 from benchmarks.flops import Shape, floor_forward, training_flops
 from benchmarks.scaling_report import markdown, plot
 from benchmarks.vs_trl import has_bf16
-from benchmarks.workloads import pair_ids, pair_lengths, pair_rows
+from benchmarks.workloads import llama_config, pair_ids, pair_lengths, pair_rows
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, intermediate=704, vocab=8_192)
 MICRO_BATCH, STEP_PAIRS = 4, 8
 # At scale 1: UltraFeedback's lengths, halved.
 MAX_LENGTH, SCALE = 1024, 0.5
 ALLOWED = 1.1
+POSITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -90,24 +91,6 @@ POINTS = (
 )
 
 
-def llama_config(shape: Shape) -> Any:
-    """The transformers config of a shape."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-
-
 def bare_loop(point: Point) -> float:
     """CPU seconds of a reference pass and an optimizer step without a Trainer, the first one left out."""
     import torch
@@ -120,14 +103,15 @@ def bare_loop(point: Point) -> float:
     from sdpo_lightning.losses import dpo_loss
 
     torch.manual_seed(0)
-    config = llama_config(point.shape)
+    config = llama_config(point.shape, POSITIONS)
     config._attn_implementation = register_segment_attention()
     model = CausalBackbone(LlamaForCausalLM(config)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     pairs = [TokenizedPair(*ids) for ids in pair_ids(pair_lengths(point.pairs, MAX_LENGTH, point.scale), point.vocab)]
     starts = range(0, len(pairs), MICRO_BATCH)
     parts = [(range(s, s + MICRO_BATCH), pairs[s : s + MICRO_BATCH]) for s in starts]
-    batches = [SharedPrefixCollator(0)(ids, part, [1.0] * len(part), len(pairs)) for ids, part in parts]
+    collate = SharedPrefixCollator(0, pad_to_multiple_of=64)
+    batches = [collate(ids, part, [1.0] * len(part), len(pairs)) for ids, part in parts]
 
     def score(batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
@@ -160,7 +144,7 @@ def make_model(folder: Path) -> None:
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(SHAPE)).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(SHAPE, POSITIONS)).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder)
 

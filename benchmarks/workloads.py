@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.flops import Pair
+from benchmarks.flops import Pair, Shape
 
 # Medians (tokens) and sigmas of the log-normal lengths of prompt, chosen and rejected answer.
 MEDIANS, SIGMAS = (120.0, 260.0, 240.0), (0.9, 0.6, 0.65)
@@ -62,3 +63,21 @@ def pair_rows(pairs: Sequence[Ids]) -> list[dict[str, str]]:
         return " ".join(f"t{i}" for i in ids)
 
     return [{"prompt": words(p), "chosen": " " + words(c), "rejected": " " + words(r)} for p, c, r in pairs]
+
+
+def llama_config(shape: Shape, positions: int) -> Any:
+    """The transformers config of a shape, for rows of so many positions."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        eos_token_id=1,
+    )

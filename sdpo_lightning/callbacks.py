@@ -189,9 +189,10 @@ class StageTransition(pl.Callback):
         batch, self._unchecked = self._unchecked, None
         if batch is None:
             return
-        problem = ""
-        logps = pl_module.last_logps
-        if logps is None or _compare_logps(pl_module, batch, *logps):
+        problem, logps = "", pl_module.last_logps
+        differs = logps is None or bool(_compare_logps(pl_module, batch, *logps))
+        # All ranks or none: a forward of a sharded model is a collective.
+        if trainer.strategy.reduce_boolean_decision(differs, all=False):
             # Dropout, say, shifts the policy in training mode; without it, does it agree?
             pl_module.policy.eval()
             policy = pl_module.score(pl_module.policy, batch)

@@ -1,7 +1,7 @@
 """Rank 1: hidden states -> token logps -> pair logps, without the logits of prompts and padding.
 
 Only the N completion positions go through the head. A plain linear head is fused with the log-softmax: its rows
-are made in blocks that stay in the cache; if [N, V] fits `logits_budget_mb`, ONE buffer of the compute dtype is
+are made in blocks; if [N, V] fits `logits_budget_mb`, ONE buffer of the compute dtype is
 kept and becomes its own gradient (3 matmuls), else nothing is kept and the blocks are made again in the backward
 pass (4 matmuls). Any other head runs as it is, checkpointed in chunks.
 """
@@ -18,9 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.types import PairLogps, PreferenceBatch
 
-# Block of fp32 logits on a CPU, in bytes: about what a core's caches hold.
-_CPU_BLOCK_BYTES = 4 * 2**20
-# Rows of the head come in multiples of this.
+# Rows of the head come in multiples of this; a CPU, which keeps a kernel for each number, also takes so many at once.
 _ROWS = 64
 
 
@@ -174,11 +172,9 @@ def _budget_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
 
 
 def _block_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
-    if hidden.device.type != "cpu":
-        return _budget_rows(hidden, 2 * vocab, budget_mb)
-    rows = max(1, _CPU_BLOCK_BYTES // (4 * vocab))
-    # Whole multiples here too: a last block of another length is a kernel of its own.
-    return rows if rows < _ROWS else rows - rows % _ROWS
+    # Of fp32 logits that exist for a moment.
+    rows = max(1, int(budget_mb * 2**20 / (4 * vocab)))
+    return min(_ROWS, rows) if hidden.device.type == "cpu" else rows
 
 
 def _blocks(count: int, rows: int) -> list[slice]:

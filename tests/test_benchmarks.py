@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -225,7 +225,9 @@ def test_compiled_layers_are_compiled_once_for_all_batches(monkeypatch):
     import torch._dynamo
 
     # Tracing is what is tested; generating code takes half a minute.
-    monkeypatch.setattr(gpu_variants, "compile_layers", partial(gpu_variants.compile_layers, backend="eager"))
+    compile_module = torch.nn.Module.compile
+    eager = partialmethod(compile_module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # More lengths than Dynamo would compile anew for.
