@@ -1,15 +1,13 @@
-"""Rank 2: a causal LM as one module from ids to token logps; load, copy, save and digest its weights."""
+"""Rank 2: a causal LM as one module from ids to token logps; load, cut, copy and digest its weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -17,14 +15,24 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
-from sdpo_lightning.offload import offload_activations
+from sdpo_lightning.offload import ParkedWeights, offload_activations
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.sharding import (
+    Sharding,
+    copy_shards_,
+    fill_from_first_rank,
+    is_sharded,
+    leave_empty,
+    materialise_,
+    weights_on_meta,
+    whole_tensors,
+)
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 
@@ -42,6 +50,9 @@ class CausalBackbone(nn.Module):
         self.logits_budget_mb = logits_budget_mb
         self.offloads_activations = False
         self._compiles_layers = False
+        # Not a module of this one: a tuple hides the blueprint.
+        self._cut: tuple[Sharding, CausalBackbone] | None = None
+        self._parked: ParkedWeights | None = None
         # Granite divides, Cohere multiplies, Gemma 2 caps its logits after the head.
         values = model.config.get_text_config().to_dict()
         self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
@@ -52,14 +63,19 @@ class CausalBackbone(nn.Module):
         packed = batch.segments is not None
         segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
-        with packed_rows(packed), CASTS.in_use(), offload:
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **segments,
-            ).last_hidden_state
+        parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
+        with parked:
+            with packed_rows(packed), CASTS.in_use(), offload:
+                hidden = self.model.base_model(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    **segments,
+                ).last_hidden_state
+            return self._token_logps(hidden, batch)
+
+    def _token_logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:
             return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
@@ -87,9 +103,48 @@ class CausalBackbone(nn.Module):
             layer.compile(dynamic=True)
         self._compiles_layers = True
 
-    def frozen_copy(self) -> CausalBackbone:
-        """A copy that runs the same kernels and takes no gradients."""
-        twin = copy.deepcopy(self).requires_grad_(False)
+    def place_(self, device: torch.device, sharding: Sharding | None) -> CausalBackbone:
+        """Put the weights of rank 0 on the devices of all ranks, whole or cut, one at a time. A collective.
+
+        Args:
+            device: of this rank.
+            sharding: how to cut; None gives each rank the whole model.
+        """
+        # On all ranks, because rank 0's may come from a file.
+        buffers = [buffer.to(device) for buffer in self.buffers()]
+        for buffer in buffers:
+            dist.broadcast(buffer, src=0)
+        for buffer, moved in zip(self.buffers(), buffers, strict=True):
+            buffer.data = moved
+        if sharding is None:
+            materialise_(self, self, device, fill_from_first_rank)
+            return self
+        blueprint = self._without_values()
+        sharding.shard_(self, self.decoder_layers(), fill_from_first_rank)
+        self._cut = (sharding, blueprint)
+        return self
+
+    def _without_values(self) -> CausalBackbone:
+        """A copy with weights on the meta device."""
+        metas = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in self.parameters()}
+        return copy.deepcopy(self, metas)
+
+    def frozen_copy(self, offload: bool = False) -> CausalBackbone:
+        """A copy that runs the same kernels and takes no gradients, cut as this one is.
+
+        Args:
+            offload: keep its weights in the memory of the CPU between forward passes.
+        """
+        if self._cut is None:
+            twin = copy.deepcopy(self).requires_grad_(False)
+        else:
+            sharding, blueprint = self._cut
+            twin = copy.deepcopy(blueprint).requires_grad_(False)
+            sharding.shard_(twin, twin.decoder_layers(), leave_empty, offload)
+            twin._cut = self._cut
+            copy_weights_(twin, self)
+        if offload and self._cut is None:
+            twin._parked = ParkedWeights(twin)
         if self._compiles_layers:
             # A copy of a compiled module isn't compiled.
             twin.compile_layers()
@@ -118,10 +173,8 @@ def load_policy(
     Raises:
         ConfigurationError: the model can't be read.
     """
+    config = _read_config(model_name_or_path, disable_dropout)
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-        if disable_dropout:
-            _zero_dropout(config)
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
@@ -132,10 +185,7 @@ def load_policy(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigurationError(
-            f"`model.model_name_or_path`: no causal LM with safetensors weights at {model_name_or_path!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise _no_model(model_name_or_path, error) from error
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if absent:
         raise ConfigurationError(
@@ -143,6 +193,44 @@ def load_policy(
             f"{absent[0]} first; they would be random"
         )
     return CausalBackbone(model, logits_budget_mb)
+
+
+def load_skeleton(
+    model_name_or_path: str, disable_dropout: bool = True, logits_budget_mb: float = 256.0
+) -> CausalBackbone:
+    """The model that `load_policy` gives, with weights that have neither values nor memory.
+
+    Args:
+        model_name_or_path: a Hugging Face folder or hub name; only rank 0 reads it. A collective.
+        disable_dropout: set every dropout probability to 0.
+        logits_budget_mb: most MiB of fp32 logits that exist at once.
+
+    Raises:
+        ConfigurationError: its config can't be read.
+    """
+    config = from_first_rank(lambda: _read_config(model_name_or_path, disable_dropout))
+    with weights_on_meta():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=_attention_of(config), trust_remote_code=False
+        )
+    return CausalBackbone(model.eval(), logits_budget_mb)
+
+
+def _no_model(model_name_or_path: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"`model.model_name_or_path`: no causal LM with safetensors weights at {model_name_or_path!r}: "
+        f"{str(error).splitlines()[0]}"
+    )
+
+
+def _read_config(model_name_or_path: str, disable_dropout: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _no_model(model_name_or_path, error) from error
+    if disable_dropout:
+        _zero_dropout(config)
+    return config
 
 
 def _attention_of(config: PretrainedConfig) -> str:
@@ -159,7 +247,13 @@ def _zero_dropout(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def copy_weights_(target: nn.Module, source: nn.Module) -> None:
-    """Copy parameters and buffers of `source` into `target`, which has the same names and shapes."""
+    """Copy parameters and buffers of `source` into `target`, which has the same names and shapes.
+
+    Sharded ones are copied shard to shard, without communication.
+    """
+    if is_sharded(target) or is_sharded(source):
+        copy_shards_(target, source)
+        return
     theirs = dict(source.named_parameters()) | dict(source.named_buffers())
     ours = dict(target.named_parameters()) | dict(target.named_buffers())
     assert ours.keys() == theirs.keys(), "policy and reference are not the same architecture"
@@ -167,35 +261,13 @@ def copy_weights_(target: nn.Module, source: nn.Module) -> None:
 
 
 def weights_digest(backbone: CausalBackbone) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(backbone.model.named_parameters()):
-        tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once.
 
-
-def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a Hugging Face folder (safetensors, configs, tokenizer) that appears whole or not at all.
-
-    Weights keep the master dtype: a later reference must be these very numbers.
+    Taken over whole tensors: it doesn't depend on the number of ranks. A collective where the model is sharded.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    backbone.model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for path in staging.iterdir():
-        _fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    digest = hashlib.sha256()
+    for name, tensor in whole_tensors(sorted(backbone.model.named_parameters())):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return from_first_rank(digest.hexdigest) if is_sharded(backbone) else digest.hexdigest()

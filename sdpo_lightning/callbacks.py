@@ -19,7 +19,7 @@ from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checks import check_run_dir, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
-from sdpo_lightning.exactness import choose_layout
+from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
@@ -278,7 +278,9 @@ class StageTransition(pl.Callback):
 
 def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> None:
     multiple = data.batching.pad_to_multiple_of
-    data.collator = choose_layout(pl_module.policy, data.layout, data.pad_token_id, multiple)
+    # A sharded model was looked at when it was read.
+    name = pl_module.exact_layout or exact_layout(pl_module.policy, data.layout, multiple)
+    data.collator = COLLATORS[name](data.pad_token_id, multiple)
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

@@ -59,13 +59,26 @@ def choose_layout(
     Raises:
         ConfigurationError: not even padded rows give the model's own logps.
     """
+    return COLLATORS[exact_layout(backbone, wanted, pad_to_multiple_of)](pad_token_id, pad_to_multiple_of)
+
+
+def exact_layout(backbone: CausalBackbone, wanted: LayoutName, pad_to_multiple_of: int = 1) -> LayoutName:
+    """Name of the layout that `choose_layout` takes.
+
+    Args:
+        backbone: whole, not cut: its plain forward is what layouts are compared with.
+        wanted: `data.layout`.
+        pad_to_multiple_of: of the row lengths.
+
+    Raises:
+        ConfigurationError: not even padded rows give the model's own logps.
+    """
     problem = ""
     for name in _FALLBACKS[wanted]:
-        collator = COLLATORS[name](pad_token_id, pad_to_multiple_of)
-        problem = layout_problem(backbone, collator)
+        problem = layout_problem(backbone, COLLATORS[name](0, pad_to_multiple_of))
         if not problem:
             log.info("layout: %s", name)
-            return collator
+            return name
         log.warning("layout %s isn't exact for %s: %s", name, type(backbone.model).__name__, problem)
     raise ConfigurationError(f"{type(backbone.model).__name__} is not supported: {problem}")
 

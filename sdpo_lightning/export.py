@@ -7,7 +7,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from sdpo_lightning.backbone import save_hf, weights_digest
+from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.hf_folder import save_hf
 from sdpo_lightning.types import Stage
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,7 @@ class StageExport(pl.Callback):
         folder = Path("stages") / stage.folder_name
         pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
         pl_module.record.folders[stage.index] = str(folder)
-        if trainer.is_global_zero:
-            save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
-        trainer.strategy.barrier("export")
+        save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
 
 

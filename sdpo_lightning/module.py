@@ -15,19 +15,23 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
+from sdpo_lightning.backbone import CausalBackbone, load_policy, load_skeleton, weights_digest
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint
+from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
+from sdpo_lightning.loading import load_on_ranks
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics
 from sdpo_lightning.random_states import collect_random_states
+from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
+from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
@@ -97,6 +101,7 @@ class DPOLitModule(pl.LightningModule):
         self.logits_budget_mb = logits_budget_mb
         self.execution = Execution(gradient_checkpointing, offload_activations, compile_layers, liger)
         self.policy: CausalBackbone | None = None
+        self.exact_layout: LayoutName | None = None
         self.stage: Stage | None = None
         self.record = StageRecord()
         self.m0_logps: LogpTable | None = None
@@ -112,13 +117,35 @@ class DPOLitModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self.execution.apply(self.load_weights(self.model_name_or_path)).train()
+            self.policy = self._load(self.model_name_or_path, self._choose_layout).train()
+            self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
-        """Read a causal LM with fp32 master weights. Override to bring an own model."""
+        """Read a causal LM with fp32 master weights; only rank 0 calls it. Override to bring an own model."""
         return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
+
+    def load_skeleton(self, model_name_or_path: str) -> CausalBackbone:
+        """The same model with weights on the meta device, on the other ranks. Override with `load_weights`."""
+        return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
+
+    def _load(self, path: str, inspect: Callable[[CausalBackbone], None] = lambda whole: None) -> CausalBackbone:
+        def load() -> CausalBackbone:
+            whole = self.execution.apply(self.load_weights(path))
+            inspect(whole)
+            return whole
+
+        strategy = self.trainer.strategy
+        return load_on_ranks(
+            load, lambda: self.execution.apply(self.load_skeleton(path)), strategy.root_device, sharding_of(strategy)
+        )
+
+    def _choose_layout(self, whole: CausalBackbone) -> None:
+        # Once it is cut there is no plain forward left to compare layouts with.
+        if sharding_of(self.trainer.strategy) is not None:
+            data = self.trainer.datamodule
+            self.exact_layout = exact_layout(whole, data.layout, data.batching.pad_to_multiple_of)
 
     def load_reference_weights(self, run_dir: Path) -> CausalBackbone:
         """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
@@ -129,14 +156,14 @@ class DPOLitModule(pl.LightningModule):
         index = self.record.reference
         folder = self.record.folders.get(index)
         path = self.model_name_or_path if folder is None else str(run_dir / folder)
-        weights = self.load_weights(path)
+        weights = self._load(path).to(self.device)
         found, expected = weights_digest(weights), self.record.digests[index]
         if found != expected:
             raise ResumeError(
                 f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
                 "restore that folder or start a new run"
             )
-        return self.execution.apply(weights).to(self.device)
+        return weights
 
     # ---- the loss
 

@@ -1,9 +1,12 @@
-"""Rank 0: activations wait for the backward pass in the memory of the CPU."""
+"""Rank 0: what waits in the memory of the CPU: activations for the backward pass, weights for the next forward."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Smaller ones aren't worth a transfer.
 _LEAST_BYTES = 2**20
@@ -35,3 +38,29 @@ def _unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         return packed
     device, host = packed
     return host.to(device, non_blocking=True)
+
+
+class ParkedWeights:
+    """Frozen weights that are on the device only during a forward pass. Going home costs nothing: the copy is dropped.
+
+    Args:
+        model: frozen; its weights move to the memory of the CPU.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._homes: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter in model.parameters():
+            home = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+            parameter.data = home.copy_(parameter.data)
+            self._homes.append((parameter, home))
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The weights are on `device` within."""
+        for parameter, home in self._homes:
+            parameter.data = home.to(device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for parameter, home in self._homes:
+                parameter.data = home

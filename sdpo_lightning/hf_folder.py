@@ -1,0 +1,120 @@
+"""Rank 3: a model as a Hugging Face folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from sdpo_lightning.backbone import CausalBackbone
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.sharding import is_sharded, whole_tensors
+
+_LEAST_FILE, _MOST_FILE = 2**26, 2**32
+
+
+def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a Hugging Face folder (safetensors, configs, tokenizer). A collective; rank 0 writes.
+
+    Weights keep the master dtype: a later reference must be these very numbers. Shards stream to rank 0, which never
+    holds more than one file of them.
+
+    Raises:
+        OSError: what rank 0 met, on all ranks.
+    """
+    staging = folder.with_name(f".{folder.name}.tmp")
+    from_first_rank(lambda: _begin(staging))
+    if not is_sharded(backbone):
+        from_first_rank(lambda: backbone.model.save_pretrained(staging))
+    elif _is_converted(backbone):
+        # Several of our weights make one of the file's, or the reverse: all are needed at once.
+        named = backbone.model.state_dict(keep_vars=True).items()
+        whole = {name: tensor for name, tensor in whole_tensors(list(named)) if not tensor.is_meta}
+        from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=whole))
+    else:
+        _stream(backbone, staging)
+    from_first_rank(lambda: _publish(staging, folder, tokenizer))
+
+
+def _begin(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _publish(staging: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.save_pretrained(staging)
+    for path in staging.iterdir():
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    _fsync(folder.parent)
+
+
+def _is_converted(backbone: CausalBackbone) -> bool:
+    """Whether the file's weights are not one by one those of the model."""
+    metas = {name: torch.empty_like(t, device="meta") for name, t in _distinct(backbone)}
+    written = revert_weight_conversion(backbone.model, metas)
+    return written.keys() != metas.keys() or any(written[name] is not tensor for name, tensor in metas.items())
+
+
+def _distinct(backbone: CausalBackbone) -> list[tuple[str, Tensor]]:
+    """Weights and persistent buffers by name, tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in backbone.model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
+
+
+def _stream(backbone: CausalBackbone, staging: Path) -> None:
+    named = _distinct(backbone)
+    # Configs only; the weights come one by one.
+    from_first_rank(lambda: _write_configs(backbone, staging))
+    files = _files([(name, tensor.numel() * tensor.element_size()) for name, tensor in named])
+    tensors = whole_tensors(named)
+    for number, names in enumerate(files, 1):
+        part = dict(next(tensors) for _ in names)
+        path = staging / _file_name(number, len(files))
+        from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
+    if len(files) > 1:
+        index = {name: _file_name(number, len(files)) for number, names in enumerate(files, 1) for name in names}
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)
+        content = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+        from_first_rank(lambda: (staging / "model.safetensors.index.json").write_text(content))
+
+
+def _write_configs(backbone: CausalBackbone, staging: Path) -> None:
+    backbone.model.save_pretrained(staging, state_dict={})
+    (staging / "model.safetensors").unlink(missing_ok=True)
+
+
+def _files(sizes: list[tuple[str, int]]) -> list[list[str]]:
+    """Names a file: a tenth of the weights, within sensible bounds."""
+    most = min(max(sum(size for _, size in sizes) // 10, _LEAST_FILE), _MOST_FILE)
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes:
+        if files[-1] and held + size > most:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    return files
+
+
+def _file_name(number: int, of: int) -> str:
+    return "model.safetensors" if of == 1 else f"model-{number:05d}-of-{of:05d}.safetensors"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,162 @@
+"""Rank 4: `trainer.strategy: fsdp2`, Lightning's ModelParallelStrategy set up for this package.
+
+Importing this file registers two names: `fsdp2` cuts the weights over all ranks, `fsdp2_hybrid` over the ranks of a
+node and repeats that on every node.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.sharding import Sharding
+from sdpo_lightning.types import ConfigurationError, ResumeError
+
+_META = "meta.pt"
+
+
+class ShardedPrecision(Precision):
+    """`bf16-mixed` under sharding: fp32 shards, weights gathered and computed in bf16, gradients reduced in fp32.
+
+    No autocast: it would gather fp32 and keep a second, whole copy.
+    """
+
+    precision: Literal["bf16-mixed"] = "bf16-mixed"
+
+    def forward_context(self) -> AbstractContextManager:
+        """Nothing: the gathered weights are bf16 already."""
+        return nullcontext()
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Policy, reference, gradients and optimizer states cut over the ranks (torch's `fully_shard`).
+
+    Args:
+        replicas: groups of ranks that each hold all shards (HSDP); `nodes` makes each node such a group.
+    """
+
+    def __init__(self, replicas: int | Literal["nodes"] = 1) -> None:
+        super().__init__()
+        self._replicas = replicas
+        self._sharding: Sharding | None = None
+        self._restoring: Path | None = None
+
+    @property
+    def sharding(self) -> Sharding:
+        """How models are cut; known once the processes have met."""
+        assert self._sharding is not None, "the processes haven't met yet"
+        return self._sharding
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Lightning's, without autocast."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        mixed = isinstance(precision_plugin, MixedPrecision) and precision_plugin.precision == "bf16-mixed"
+        self._precision_plugin = ShardedPrecision() if mixed else precision_plugin
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """As every other strategy here: the plan is restored before it is asked for."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning says when; `load_optimizer_state_dict` does it."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Meet the other processes and lay out the mesh.
+
+        Raises:
+            ConfigurationError: the ranks don't divide into so many replicas.
+        """
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+        replicas = self.num_nodes if self._replicas == "nodes" else self._replicas
+        if replicas < 1 or self.world_size % replicas:
+            raise ConfigurationError(
+                f"`trainer.strategy`: {self.world_size} ranks don't divide into {replicas} replicas; change `replicas`"
+            )
+        device = self.root_device
+        shape, names = ((self.world_size,), ("shard",))
+        if replicas > 1:
+            shape, names = ((replicas, self.world_size // replicas), ("replicate", "shard"))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mixed = isinstance(self.precision_plugin, ShardedPrecision)
+        self._sharding = Sharding(mesh, device, torch.bfloat16 if mixed else None)
+
+    # ---- distributed checkpoints: a folder, each rank's shards and what rank 0 says
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder that appears whole or not at all. A collective."""
+        path = Path(self.broadcast(filepath))
+        staging = path.with_name(f".{path.name}.tmp")
+        from_first_rank(lambda: shutil.rmtree(staging, ignore_errors=True))
+        super().save_checkpoint(checkpoint, staging, storage_options)
+        self.barrier("checkpoint")
+        from_first_rank(lambda: _publish(staging, path))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the model's shards, on however many ranks they were written; the optimizer's follow later.
+
+        Raises:
+            ResumeError: it isn't such a folder.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not (path / _META).is_file():
+            raise ResumeError(
+                f"`ckpt_path`: {path} is no distributed checkpoint; a run keeps its `trainer.strategy` when it goes on"
+            )
+        metadata = torch.load(path / _META, map_location="cpu", weights_only=True)
+        state = {"state_dict": get_model_state_dict(self.model)}
+        dcp.load(state, checkpoint_id=path)
+        strict = self.lightning_module.strict_loading
+        set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=strict))
+        self._restoring = path
+        return metadata | {"optimizer_states": []}
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Read the optimizer's shards of the checkpoint that `load_checkpoint` has opened."""
+        assert self._restoring is not None, "no checkpoint is open"
+        for number, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
+            dcp.load(state, checkpoint_id=self._restoring)
+            set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+
+
+def _publish(staging: Path, path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    staging.rename(path)
+
+
+def sharding_of(strategy: Any) -> Sharding | None:
+    """How a Trainer's strategy cuts models; None where each rank holds them whole."""
+    return strategy.sharding if isinstance(strategy, FSDP2Strategy) else None
+
+
+for _name, _given in (("fsdp2", 1), ("fsdp2_hybrid", "nodes")):
+    StrategyRegistry.register(
+        _name, FSDP2Strategy, description="FSDP2 of policy and reference", override=True, replicas=_given
+    )
