@@ -33,7 +33,7 @@ def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokeniz
     from_first_rank(lambda: _begin(staging))
     if not is_sharded(backbone):
         from_first_rank(lambda: backbone.model.save_pretrained(staging))
-    elif _is_converted(backbone):
+    elif from_first_rank(lambda: _is_converted(backbone)):
         # Several of our weights make one of the file's, or the reverse: all are needed at once.
         named = backbone.model.state_dict(keep_vars=True).items()
         whole = {name: tensor for name, tensor in whole_tensors(list(named)) if not tensor.is_meta}
@@ -58,7 +58,7 @@ def _publish(staging: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _is_converted(backbone: CausalBackbone) -> bool:
-    """Whether the file's weights are not one by one those of the model."""
+    """Whether the file's weights are not one by one those of the model; only the rank that read it knows."""
     metas = {name: torch.empty_like(t, device="meta") for name, t in _distinct(backbone)}
     written = revert_weight_conversion(backbone.model, metas)
     return written.keys() != metas.keys() or any(written[name] is not tensor for name, tensor in metas.items())

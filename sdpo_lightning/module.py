@@ -288,7 +288,8 @@ class DPOLitModule(pl.LightningModule):
     def _log_held_out(self, prefix: str) -> None:
         for name, metrics in zip(self.trainer.datamodule.val_names, self.val_metrics, strict=False):
             for key, value in metrics.compute().items():
-                self.log(f"{prefix}/{name}/{key}", value.float(), rank_zero_only=False)
+                # Equal on all ranks already; Lightning wants to hear it.
+                self.log(f"{prefix}/{name}/{key}", value.float(), rank_zero_only=False, sync_dist=True)
             metrics.reset()
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -98,15 +98,22 @@ class ReferencePolicy(ABC):
 
 
 class ResidentReference(ReferencePolicy):
-    """A second, frozen copy of the model in memory: one forward a pair an epoch."""
+    """A second, frozen copy of the model in memory: one forward a pair an epoch.
 
-    def __init__(self) -> None:
+    Where the policy is sharded the copy is cut just as it is, and becomes M_{t-1} without communication.
+
+    Args:
+        offload: keep its weights in the memory of the CPU between forward passes.
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        self.offload = offload
         self._model: CausalBackbone | None = None
 
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Copy the policy's weights; the first call makes the copy of the model."""
         if self._model is None:
-            self._model = policy.frozen_copy()
+            self._model = policy.frozen_copy(self.offload)
         else:
             copy_weights_(self._model, policy)
         self._model.eval()
@@ -115,7 +122,8 @@ class ResidentReference(ReferencePolicy):
         self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
     ) -> None:
         """Reload M_{t-1} from its folder."""
-        self._model = load_weights().requires_grad_(False).eval()
+        weights = load_weights().requires_grad_(False)
+        self._model = (weights.frozen_copy(True) if self.offload else weights).eval()
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """One no-grad forward."""

@@ -91,8 +91,9 @@ def materialise_(group: nn.Module, root: nn.Module, device: torch.device, fill_:
             continue
         whole = torch.empty_like(parameter, device=device)
         fill_(parameter, whole)
+        placed = nn.Parameter(whole, parameter.requires_grad)
         for module, name in holders[id(parameter)]:
-            module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
+            module.register_parameter(name, placed)
 
 
 def fill_from_first_rank(old: Tensor, new: Tensor) -> None:
@@ -112,7 +113,8 @@ def weights_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
+        # One that is there already is being tied.
+        if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 

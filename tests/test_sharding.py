@@ -1,0 +1,175 @@
+"""FSDP2 on gloo processes: what one process gives, with the stage swap costing no communication.
+
+One `torchrun` a number of ranks runs all its scenarios (`sharded_script.py`); the tests look at what they left.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_rows, write_jsonl
+from runs import assert_same_weights, fit, losses, metrics, weights
+from sharded_script import CLIPPED, DATA, PLAIN, PairsSeen, sources
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from sdpo_lightning import CachedReference, FSDP2Strategy, PreferenceSource, ResidentReference
+from sdpo_lightning.types import ConfigurationError
+
+TESTS = Path(__file__).resolve().parent
+TWO = "resident tied cached offloaded experts bf16 whole resumed".split()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, tiny_model_dir, tiny_tokenizer) -> Path:
+    """Data, models, and the runs on 2, then 1, then 2, then 4 ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for seed, name in enumerate("ab"):
+        write_jsonl(folder / f"{name}.jsonl", make_rows(9, seed, name))
+    _tied_and_experts(tiny_model_dir, tiny_tokenizer, folder)
+    _torchrun(folder, 2, TWO)
+    _torchrun(folder, 1, ["whole_alone", "resumed_alone"])
+    _torchrun(folder, 2, ["resumed_from_alone", "resumed_otherwise"])
+    _torchrun(folder, 4, ["hybrid"])
+    return folder
+
+
+def _tied_and_experts(model_dir: Path, tokenizer, folder: Path) -> None:
+    model = folder / "model"
+    model.symlink_to(model_dir)
+    config = LlamaForCausalLM.from_pretrained(model_dir).config
+    config.tie_word_embeddings = True
+    torch.manual_seed(11)
+    LlamaForCausalLM(config).save_pretrained(f"{model}-tied")
+    experts = MixtralConfig(**(config.to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 1}))
+    MixtralForCausalLM(experts).save_pretrained(f"{model}-experts")
+    for kind in ("tied", "experts"):
+        tokenizer.save_pretrained(f"{model}-{kind}")
+
+
+def _torchrun(folder: Path, ranks: int, scenarios: list[str]) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    words += [str(TESTS / "sharded_script.py"), str(folder), str(folder / "model"), *scenarios]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _facts(out: Path, scenario: str) -> dict:
+    facts = json.loads((out / scenario / "facts.json").read_text())
+    assert "error" not in facts, facts["trace"]
+    return facts
+
+
+def _one(out: Path, model: str, reference, **arguments) -> Path:
+    """The same global batch in this process."""
+    run = out / f"one-{model}-{type(reference).__name__}"
+    data = DATA | {"batch_size": 2}
+    fit(run, out / model, sources(out), reference=reference, trainer_args=CLIPPED | arguments, **data)
+    return run
+
+
+def _assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
+    folders = sorted(path.name for path in (theirs / "stages").iterdir())
+    assert len(folders) == 2 and folders == sorted(path.name for path in (ours / "stages").iterdir())
+    for folder in folders:
+        mine, other = weights(ours / "stages" / folder), weights(theirs / "stages" / folder)
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance)
+    assert losses(ours) == pytest.approx(losses(theirs), abs=10 * tolerance)
+
+
+@pytest.mark.parametrize(
+    "scenario, model, reference",
+    [
+        ("resident", "model", ResidentReference),
+        ("tied", "model-tied", ResidentReference),
+        ("cached", "model", CachedReference),
+        ("offloaded", "model", ResidentReference),
+        ("hybrid", "model", ResidentReference),
+    ],
+)
+def test_shards_equal_one_process(out, scenario, model, reference, tmp_path):
+    _facts(out, scenario)
+    data = DATA | {"batch_size": 4 if scenario == "hybrid" else 2}
+    fit(tmp_path, out / model, sources(out), reference=reference(), trainer_args=CLIPPED, **data)
+    _assert_close(out / scenario, tmp_path, 1e-5)
+    rows = [metrics(run) for run in (out / scenario, tmp_path)]
+    for sharded, one in zip(*rows, strict=True):
+        for key in ("train/grad_norm", "train/gamma", "val/a/loss", "val/b/gamma", "val/a/pairs", "train/pairs_seen"):
+            assert sharded[key] == one[key] == "" or float(sharded[key]) == pytest.approx(float(one[key]), abs=1e-4)
+
+
+@pytest.mark.parametrize("scenario", ["resident", "tied", "hybrid"])
+def test_a_swap_moves_nothing_between_ranks(out, scenario):
+    facts = _facts(out, scenario)
+    # Stage 1 cuts the reference, stage 2 swaps.
+    assert facts["collectives"] == [0, 0]
+    assert facts["sharded"] == facts["equal"] == [True, True]
+    first = {}
+    for row in metrics(out / scenario):
+        first.setdefault(row["stage/index"], float(row["train/loss"]))
+    assert first == {"1": pytest.approx(math.log(2), abs=1e-6), "2": pytest.approx(math.log(2), abs=1e-6)}
+
+
+def test_the_swap_came_behind_a_validation(out):
+    # Once at the end of each stage.
+    assert _facts(out, "resident")["validated"] == 2
+
+
+def test_replicas_of_shards(out):
+    assert _facts(out, "hybrid")["mesh"] == [2, 2]
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_masters(out, tmp_path):
+    facts = _facts(out, "bf16")
+    assert facts == {"computed": ["torch.bfloat16"], "master": ["torch.float32"]}
+    fit(tmp_path, out / "model", sources(out), **(DATA | {"batch_size": 2}))
+    sharded, fp32 = losses(out / "bf16"), losses(tmp_path)
+    assert sharded[0] == pytest.approx(math.log(2), abs=1e-6)
+    # Off by rounding, and not by more: bf16 has 8 bits.
+    assert sharded != fp32 and sharded == pytest.approx(fp32, abs=0.02)
+
+
+def test_a_model_whose_file_has_other_weights_is_exported_so(out, tmp_path):
+    _facts(out, "experts")
+    fit(tmp_path, out / "model-experts", sources(out), **(DATA | {"batch_size": 2}))
+    _assert_close(out / "experts", tmp_path, 1e-5)
+    assert any(".w1." in name for name in weights(out / "experts" / "stages" / "01-a"))
+    loaded = AutoModelForCausalLM.from_pretrained(out / "experts" / "stages" / "02-b", output_loading_info=True)[1]
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+
+
+def test_resume_on_the_same_ranks_is_bit_for_bit(out):
+    _facts(out, "whole"), _facts(out, "resumed")
+    for folder in ("01-a", "02-b"):
+        if (out / "resumed" / "stages" / folder).exists():
+            assert_same_weights(out / "resumed" / "stages" / folder, out / "whole" / "stages" / folder)
+    assert (out / "resumed" / "stages" / "02-b").exists()
+
+
+@pytest.mark.parametrize(
+    "scenario, origin", [("resumed", "whole"), ("resumed_alone", "whole"), ("resumed_from_alone", "whole_alone")]
+)
+def test_resume_on_other_ranks_sees_each_remaining_pair_once(out, scenario, origin):
+    before, after = _facts(out, origin)["pairs"], _facts(out, scenario)["pairs"]
+    # 9 pairs a source by 2: 5 + 5 steps; 7 are done, so 3 steps with 2 + 2 + 1 pairs are left.
+    assert [len({step for step, _ in pairs}) for pairs in (before, after)] == [10, 3]
+    assert after == [pair for pair in before if pair[0] >= 7] and len(after) == 5
+    _assert_last_stage_close(out / scenario, out / origin)
+
+
+def _assert_last_stage_close(ours: Path, theirs: Path) -> None:
+    mine, other = weights(ours / "stages" / "02-b"), weights(theirs / "stages" / "02-b")
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5)
+
+
+def test_resume_with_another_global_batch_is_refused_with_the_numbers(out):
+    error = json.loads((out / "resumed_otherwise" / "facts.json").read_text())["error"]
+    assert error.startswith("ResumeError") and "data.batch_size x processes: 2 -> 8" in error
