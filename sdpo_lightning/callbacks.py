@@ -1,4 +1,4 @@
-"""Rank 5: the stage boundary.
+"""Rank 6: the stage boundary.
 
 Order at a boundary: the last epoch of stage t-1 ends and is checkpointed -> Lightning asks for the loader of
 stage t -> on its first batch: export of M_{t-1} -> the reference advances -> fresh optimizer and schedule ->
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checks import check_run_dir, check_trainer
+from sdpo_lightning.checks import check_optimizer, check_run_dir, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
+from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -65,6 +66,7 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
+        check_optimizer(trainer, pl_module)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
 
@@ -91,9 +93,8 @@ class StageTransition(pl.Callback):
             log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
             inputs = self._m0_inputs(trainer, pl_module)
             pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
-            if trainer.is_global_zero and trainer.limit_train_batches:
-                write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs))
-            trainer.strategy.barrier("m0_logps")
+            if trainer.limit_train_batches:
+                from_first_rank(lambda: write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs)))
         data.rank(pl_module.m0_logps)
 
     @staticmethod
@@ -109,7 +110,7 @@ class StageTransition(pl.Callback):
     def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.datamodule.needs_ranking:
             key = cache_key(self._m0_inputs(trainer, pl_module))
-            pl_module.m0_logps = read_table(_m0_path(trainer), key)
+            pl_module.m0_logps = from_first_rank(lambda: read_table(_m0_path(trainer), key))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
@@ -243,7 +244,7 @@ class StageTransition(pl.Callback):
             return
         stages = data.stages()
         folder = run_dir(trainer) / "stages" / stages[-1].folder_name
-        if pl_module.stage is None and _is_complete(trainer, stages) and not folder.exists():
+        if pl_module.stage is None and _is_complete(trainer, stages) and not from_first_rank(folder.exists):
             exporter(trainer).export(trainer, pl_module, stages[-1])
 
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:

@@ -1,12 +1,17 @@
-"""Rank 4: what a Trainer must not be told, checked before any weights are loaded."""
+"""Rank 5: what a Trainer must not be told, checked before any weights are loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.strategy import FSDP2Strategy
 from sdpo_lightning.types import ConfigurationError
 
 _PRECISIONS = ("32-true", "bf16-mixed")
@@ -25,7 +30,14 @@ def check_trainer(trainer: pl.Trainer) -> None:
     if str(trainer.precision) not in _PRECISIONS:
         raise ConfigurationError(
             f"`trainer.precision` is {trainer.precision!r}, expected one of {_PRECISIONS}: pure low-precision weights "
-            "can't take the small steps of DPO"
+            "can't take the small steps of DPO. bf16-mixed computes in bf16 and keeps fp32 master weights"
+        )
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy) and not isinstance(
+        trainer.strategy, FSDP2Strategy
+    ):
+        raise ConfigurationError(
+            f"`trainer.strategy` is {type(trainer.strategy).__name__}, which doesn't know of the reference; use `fsdp2` "
+            "or `fsdp2_hybrid`"
         )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
         raise ConfigurationError(
@@ -43,6 +55,22 @@ def check_trainer(trainer: pl.Trainer) -> None:
             )
 
 
+def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse an optimizer that can't step on shards, before any weights are loaded.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    if not isinstance(trainer.strategy, FSDP2Strategy):
+        return
+    probe = pl_module.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
+    if type(probe).__module__.partition(".")[0] == "bitsandbytes":
+        raise ConfigurationError(
+            f"`model.optimizer` is bitsandbytes' {type(probe).__name__}, whose kernels mix shards with plain tensors; "
+            "use torch.optim.AdamW with `trainer.strategy: fsdp2`, or `ddp` or one device with this one"
+        )
+
+
 def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse to train a new run into the folder of an earlier one, or from a module that has trained.
 
@@ -54,7 +82,7 @@ def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if pl_module.record.entered:
         raise ConfigurationError("this module has trained already; make a new one, or give `ckpt_path` to go on")
     stages = Path(trainer.default_root_dir) / "stages"
-    if stages.exists() and any(stages.iterdir()):
+    if from_first_rank(lambda: stages.exists() and any(stages.iterdir())):
         raise ConfigurationError(
             f"{stages} holds the models of an earlier run; set another `trainer.default_root_dir`, or `ckpt_path` "
             "to go on with that run"

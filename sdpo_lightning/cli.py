@@ -1,4 +1,4 @@
-"""Rank 7: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused.

@@ -1,4 +1,4 @@
-"""Rank 8: `sdpo-lightning demo`: stepwise DPO on a generated language whose true preference is known.
+"""Rank 9: `sdpo-lightning demo`: stepwise DPO on a generated language whose true preference is known.
 
 Makes a tiny SFT model and three sources, runs the main job and plain pooled DPO through the command line, and
 measures M_0, every M_t and the pooled model on held-out pairs. Fails if nothing was learned.

@@ -1,4 +1,4 @@
-"""Rank 6: policy + reference + one training step."""
+"""Rank 7: policy + reference + one training step."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
@@ -152,8 +153,7 @@ class CachedReference(ReferencePolicy):
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Score the chunk and the held-out pairs, and publish them under their key."""
         table = score_pairs(policy, inputs.batches, self._compute_logps, inputs.known)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            write_table(_table_path(inputs.folder, stage), table, cache_key(inputs))
+        from_first_rank(lambda: write_table(_table_path(inputs.folder, stage), table, cache_key(inputs)))
         self._table = table
 
     def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
@@ -167,7 +167,7 @@ class CachedReference(ReferencePolicy):
         self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
     ) -> None:
         """Read the stage's file if its key fits; else compute it again from M_{t-1}."""
-        self._table = read_table(_table_path(inputs.folder, stage), cache_key(inputs))
+        self._table = from_first_rank(lambda: read_table(_table_path(inputs.folder, stage), cache_key(inputs)))
         if self._table is None:
             self.advance(load_weights(), stage, inputs)
 

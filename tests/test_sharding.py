@@ -14,11 +14,10 @@ import pytest
 import torch
 from helpers import make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses, metrics, weights
-from sharded_script import CLIPPED, DATA, PLAIN, PairsSeen, sources
+from sharded_script import CLIPPED, DATA, sources
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sdpo_lightning import CachedReference, FSDP2Strategy, PreferenceSource, ResidentReference
-from sdpo_lightning.types import ConfigurationError
+from sdpo_lightning import CachedReference, ResidentReference
 
 TESTS = Path(__file__).resolve().parent
 TWO = "resident tied cached offloaded experts bf16 whole resumed".split()
@@ -45,7 +44,7 @@ def _tied_and_experts(model_dir: Path, tokenizer, folder: Path) -> None:
     config.tie_word_embeddings = True
     torch.manual_seed(11)
     LlamaForCausalLM(config).save_pretrained(f"{model}-tied")
-    experts = MixtralConfig(**(config.to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 1}))
+    experts = MixtralConfig(**(config.to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 2}))
     MixtralForCausalLM(experts).save_pretrained(f"{model}-experts")
     for kind in ("tied", "experts"):
         tokenizer.save_pretrained(f"{model}-{kind}")
