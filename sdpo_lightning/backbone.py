@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,8 +19,20 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sdpo_lightning.adapters import (
+    TRAINED,
+    LoraSettings,
+    QuantizationName,
+    adapter_state,
+    add_adapters,
+    merged_state,
+    quantization_config,
+    same_kernels_in_eval,
+    write_adapter,
+)
 from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.files import new_folder
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import offload_activations
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
@@ -42,6 +52,10 @@ class CausalBackbone(nn.Module):
         self.logits_budget_mb = logits_budget_mb
         self.offloads_activations = False
         self._compiles_layers = False
+        # Quantised products round by what else is in the batch.
+        self.layout_tolerance = 1e-4
+        # Of the frozen weights, where adapters are trained; hashed once.
+        self.base_digest: str | None = None
         # Granite divides, Cohere multiplies, Gemma 2 caps its logits after the head.
         values = model.config.get_text_config().to_dict()
         self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
@@ -106,7 +120,11 @@ class CausalBackbone(nn.Module):
 
 
 def load_policy(
-    model_name_or_path: str, disable_dropout: bool = True, logits_budget_mb: float = 256.0
+    model_name_or_path: str,
+    disable_dropout: bool = True,
+    logits_budget_mb: float = 256.0,
+    quantization: QuantizationName | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> CausalBackbone:
     """Load a causal LM with fp32 master weights, whatever the file's dtype.
 
@@ -114,6 +132,8 @@ def load_policy(
         model_name_or_path: a Hugging Face folder or hub name with safetensors weights.
         disable_dropout: set every dropout probability to 0.
         logits_budget_mb: most MiB of fp32 logits that exist at once.
+        quantization: of the linear layers, which then can't be trained; they are quantised on the default device.
+        compute_dtype: of products with 4-bit weights.
 
     Raises:
         ConfigurationError: the model can't be read.
@@ -130,6 +150,9 @@ def load_policy(
             trust_remote_code=False,
             attn_implementation=_attention_of(config),
             output_loading_info=True,
+            quantization_config=quantization and quantization_config(quantization, compute_dtype),
+            # Else a quantised model goes to the GPU, whatever the Trainer's device.
+            device_map=quantization and {"": torch.get_default_device()},
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigurationError(
@@ -142,7 +165,29 @@ def load_policy(
             f"`model.model_name_or_path`: {model_name_or_path!r} lacks {len(absent)} of the model's weights, "
             f"{absent[0]} first; they would be random"
         )
-    return CausalBackbone(model, logits_budget_mb)
+    same_kernels_in_eval(model)
+    backbone = CausalBackbone(model, logits_budget_mb)
+    if quantization == "int8" or (quantization and compute_dtype != torch.float32):
+        backbone.layout_tolerance = 1e-2
+    return backbone
+
+
+def attach_adapters(backbone: CausalBackbone, settings: LoraSettings, base: str) -> CausalBackbone:
+    """Freeze a model and give it adapters to train, in place.
+
+    Args:
+        backbone: with its weights.
+        settings: of the adapters.
+        base: name or folder of the model, noted in exports.
+
+    Raises:
+        ConfigurationError: the settings don't fit the model.
+    """
+    # With the scales of quantised weights, which are no parameters.
+    state = {name: value for name, value in backbone.model.state_dict().items() if isinstance(value, Tensor)}
+    backbone.base_digest = _tensors_digest(state)
+    add_adapters(backbone.model, settings, base)
+    return backbone
 
 
 def _attention_of(config: PretrainedConfig) -> str:
@@ -167,10 +212,25 @@ def copy_weights_(target: nn.Module, source: nn.Module) -> None:
 
 
 def weights_digest(backbone: CausalBackbone) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(backbone.model.named_parameters()):
-        tensor = parameter.detach().cpu().contiguous()
+    """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once.
+
+    With adapters: of the trained one and the base's own digest, which never changes.
+    """
+    if backbone.base_digest is None:
+        return _tensors_digest(dict(backbone.model.named_parameters()))
+    return adapter_digest(backbone, TRAINED)
+
+
+def adapter_digest(backbone: CausalBackbone, adapter: str) -> str:
+    """Digest of the model with one of its adapters: equal for both if they are equal."""
+    assert backbone.base_digest is not None
+    return _tensors_digest(adapter_state(backbone.model, adapter), backbone.base_digest)
+
+
+def _tensors_digest(tensors: dict[str, Tensor], seed: str = "") -> str:
+    digest = hashlib.sha256(seed.encode())
+    for name, value in sorted(tensors.items()):
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -179,23 +239,20 @@ def weights_digest(backbone: CausalBackbone) -> str:
 def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a Hugging Face folder (safetensors, configs, tokenizer) that appears whole or not at all.
 
+    Of a model with adapters it holds the adapter alone, for `peft.PeftModel.from_pretrained`.
     Weights keep the master dtype: a later reference must be these very numbers.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    backbone.model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for path in staging.iterdir():
-        _fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    _fsync(folder.parent)
+    with new_folder(folder) as staging:
+        if backbone.base_digest is None:
+            backbone.model.save_pretrained(staging)
+        else:
+            write_adapter(backbone.model, staging)
+        tokenizer.save_pretrained(staging)
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def save_merged(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model with adapters as a Hugging Face folder without any."""
+    state = merged_state(backbone.model)
+    with new_folder(folder) as staging:
+        backbone.model.save_pretrained(staging, state_dict=state)
+        tokenizer.save_pretrained(staging)

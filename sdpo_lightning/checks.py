@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from sdpo_lightning.types import ConfigurationError
 
@@ -41,6 +42,20 @@ def check_trainer(trainer: pl.Trainer) -> None:
                 f"`trainer.val_check_interval` is {interval} batches, but the shortest stage may have only "
                 f"{shortest}; use at most {shortest}, or a share such as 0.5"
             )
+
+
+def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse to shard quantised weights.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    # Exact about subclasses: DeepSpeed's strategy is one of DDP's.
+    if pl_module.quantization is not None and type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy):
+        raise ConfigurationError(
+            f"`model.quantization: {pl_module.quantization}` with {type(trainer.strategy).__name__}: packed weights "
+            "can't be cut into shards; use `trainer.strategy: ddp` or leave `model.quantization` out"
+        )
 
 
 def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -62,7 +62,7 @@ def choose_layout(
     problem = ""
     for name in _FALLBACKS[wanted]:
         collator = COLLATORS[name](pad_token_id, pad_to_multiple_of)
-        problem = layout_problem(backbone, collator)
+        problem = layout_problem(backbone, collator, backbone.layout_tolerance)
         if not problem:
             log.info("layout: %s", name)
             return collator

@@ -1,4 +1,4 @@
-"""Rank 1: files that appear whole or not at all, and the CSV file that is cut back on resume."""
+"""Rank 1: files and folders that appear whole or not at all, and the CSV file that is cut back on resume."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,29 @@ def write_json(path: Path, content: Any) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(staging, path)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all, in place of an older one: yields where to write its files."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    yield staging
+    for path in staging.iterdir():
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class MetricsFile:

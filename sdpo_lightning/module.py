@@ -10,23 +10,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdpo_lightning.backbone import CausalBackbone, load_policy, weights_digest
+from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
+from sdpo_lightning.adapters import LoraSettings, QuantizationName, check_adapter_names, without_base
+from sdpo_lightning.backbone import CausalBackbone, attach_adapters, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checkpoint import StageCheckpoint
+from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
-from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.random_states import collect_random_states
-from sdpo_lightning.reference import ReferencePolicy, ResidentReference
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -48,7 +49,7 @@ class DPOLitModule(pl.LightningModule):
         model_name_or_path: S, the SFT model: a Hugging Face folder or hub name.
         beta: inverse temperature of the implied reward.
         label_smoothing: probability that a label is wrong (cDPO), in [0, 0.5).
-        reference: where reference logps come from; None is `ResidentReference`.
+        reference: where reference logps come from; None is `ResidentReference`, with `lora` `AdapterReference`.
         optimizer: made afresh at the start of every stage.
         lr_scheduler: shape of the learning rate within a stage.
         warmup_ratio: share of a stage's optimizer steps in linear warm-up.
@@ -58,9 +59,11 @@ class DPOLitModule(pl.LightningModule):
         offload_activations: hold what is kept between recomputed layers in the memory of the CPU.
         compile_layers: `torch.compile` each decoder layer.
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
+        lora: train adapters instead of the weights (the `[peft]` extra).
+        quantization: of the frozen weights below the adapters.
 
     Raises:
-        ConfigurationError: a number outside its range.
+        ConfigurationError: a number outside its range, or settings that don't go together.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class DPOLitModule(pl.LightningModule):
         offload_activations: bool = False,
         compile_layers: bool = False,
         liger: bool = False,
+        lora: LoraSettings | None = None,
+        quantization: QuantizationName | None = None,
     ) -> None:
         super().__init__()
         if beta <= 0:
@@ -89,7 +94,13 @@ class DPOLitModule(pl.LightningModule):
         self.model_name_or_path = model_name_or_path
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self.reference = reference if reference is not None else ResidentReference()
+        default = ResidentReference if lora is None else AdapterReference
+        self.reference = reference if reference is not None else default()
+        check_adapters(lora, quantization, self.reference)
+        self.lora = lora
+        self.quantization: QuantizationName | None = quantization
+        # Adapters are saved without their base; `on_load_checkpoint` is strict about them.
+        self.strict_loading = lora is None
         self.make_optimizer = optimizer
         self.schedule: ScheduleName = lr_scheduler
         self.warmup_ratio = warmup_ratio
@@ -112,16 +123,25 @@ class DPOLitModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self.execution.apply(self.load_weights(self.model_name_or_path)).train()
+            weights = self.load_weights(self.model_name_or_path)
+            if self.lora is not None:
+                attach_adapters(weights, self.lora, self.model_name_or_path)
+            self.policy = self.execution.apply(weights).train()
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
         """Read a causal LM with fp32 master weights. Override to bring an own model."""
-        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
+        dtype = torch.float32 if str(self.trainer.precision) == "32-true" else torch.bfloat16
+        return load_policy(
+            model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization, dtype
+        )
 
-    def load_reference_weights(self, run_dir: Path) -> CausalBackbone:
+    def load_reference_weights(self, run_dir: Path) -> nn.Module:
         """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
+
+        Returns:
+            A model of its own; with adapters, the policy with its frozen adapter.
 
         Raises:
             ResumeError: the folder's digest isn't the recorded one.
@@ -129,13 +149,12 @@ class DPOLitModule(pl.LightningModule):
         index = self.record.reference
         folder = self.record.folders.get(index)
         path = self.model_name_or_path if folder is None else str(run_dir / folder)
+        if self.lora is not None:
+            frozen = frozen_adapter(self.policy, None if folder is None else run_dir / folder)
+            check_reference_digest(index, path, frozen.digest(), self.record.digests[index])
+            return frozen
         weights = self.load_weights(path)
-        found, expected = weights_digest(weights), self.record.digests[index]
-        if found != expected:
-            raise ResumeError(
-                f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
-                "restore that folder or start a new run"
-            )
+        check_reference_digest(index, path, weights_digest(weights), self.record.digests[index])
         return self.execution.apply(weights).to(self.device)
 
     # ---- the loss
@@ -282,19 +301,8 @@ class DPOLitModule(pl.LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of `pair_id`, `source`, policy and reference logps (nats, summed over tokens)."""
-        policy, reference = self.score(self.policy, batch), self.reference.logps(batch)
-        rows = zip(
-            batch.pair_id.tolist(),
-            batch.weights.tolist(),
-            *(t.tolist() for side in (policy, reference) for t in (side.chosen, side.rejected)),
-            strict=True,
-        )
-        keys = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-        return [
-            {"pair_id": i, "source": self.trainer.datamodule.source_of(i), **dict(zip(keys, v, strict=True))}
-            for i, weight, *v in rows
-            if weight > 0
-        ]
+        source_of = self.trainer.datamodule.source_of
+        return prediction_rows(self.score(self.policy, batch), self.reference.logps(batch), batch, source_of)
 
     # ---- stage callbacks and state
 
@@ -305,13 +313,15 @@ class DPOLitModule(pl.LightningModule):
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)
-            _refuse_plain_checkpoints(self.trainer)
+            refuse_plain_checkpoints(self.trainer)
         return [make() for make in makers if not any(isinstance(c, make) for c in present)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
         checkpoint["random_states"] = collect_random_states()
+        if self.lora is not None:
+            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], self.policy, "policy.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stage record over, and refuse another S.
@@ -327,17 +337,7 @@ class DPOLitModule(pl.LightningModule):
                 f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
                 f"with {record.digests[0][:12]}"
             )
+        if self.lora is not None:
+            check_adapter_names(checkpoint["state_dict"], self.policy, "policy.")
         self.record = record
         self.random_states = checkpoint["random_states"]
-
-
-def _refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
-    for callback in trainer.checkpoint_callbacks:
-        plain = type(callback) is ModelCheckpoint
-        given = (callback.monitor, callback.dirpath, callback.filename, callback.save_last)
-        default = plain and not any(given) and callback.save_top_k == callback.every_n_epochs == 1
-        if plain and not default:
-            raise ConfigurationError(
-                "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "
-                "use sdpo_lightning.StageCheckpoint with the same arguments in `trainer.callbacks`"
-            )

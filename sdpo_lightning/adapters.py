@@ -1,0 +1,298 @@
+"""Rank 1: low-rank adapters within a transformers model, and quantised base weights below them.
+
+A model bears two adapters: `default` is trained, `reference` is frozen and holds M_{t-1}. Both are ordinary parameters
+inside the decoder layers, so sharding and DDP treat them as any other; the base is shared.
+LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353; NF4: arXiv 2305.14314; int8: arXiv 2208.07339.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available, is_peft_available
+
+from sdpo_lightning.types import ConfigurationError, ResumeError
+
+QuantizationName = Literal["nf4", "int8"]
+TRAINED, REFERENCE = "default", "reference"
+# What `peft.PeftModel` puts before the names of the model.
+_PREFIX = "base_model.model."
+# Says at every product that its inputs are rounded.
+_INT8_LOG = "bitsandbytes.autograd._functions"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Train low-rank adapters instead of the weights (the `[peft]` extra).
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: the adapter's product is scaled by alpha / r.
+        dropout: on the adapters' inputs while training, whatever `model.disable_dropout` says of the model's own.
+        target_modules: endings of the names of adapted modules, or `all-linear`: every linear layer but the head.
+        dora: train the weights' magnitudes as well (DoRA).
+        seed: of the adapters' first values, the same on all ranks and on resume.
+        export_merged: also write each M_t with the adapters added to the weights, `stages/0t-<name>-merged`.
+
+    Raises:
+        ConfigurationError: a number outside its range.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    dora: bool = False
+    seed: int = 0
+    export_merged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigurationError(f"`model.lora.r` is {self.r}, expected 1 or more")
+        if self.alpha <= 0:
+            raise ConfigurationError(f"`model.lora.alpha` is {self.alpha}, expected above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"`model.lora.dropout` is {self.dropout}, expected within [0, 1)")
+
+
+def check_packages(lora: LoraSettings | None, quantization: QuantizationName | None) -> None:
+    """Ask for what isn't installed, before anything is read.
+
+    Raises:
+        ConfigurationError: with what to install.
+    """
+    if lora is not None and not is_peft_available():
+        raise ConfigurationError("`model.lora` needs peft, which isn't installed: pip install 'sdpo-lightning[peft]'")
+    if quantization is not None and not is_bitsandbytes_available():
+        raise ConfigurationError(
+            f"`model.quantization: {quantization}` needs bitsandbytes, which isn't installed (it comes with this "
+            "package on Linux): pip install bitsandbytes, or leave `model.quantization` out"
+        )
+
+
+# ---- quantised weights
+
+
+def quantization_config(name: QuantizationName, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers quantises the linear layers while it loads them; the head and the norms stay fp32.
+
+    Args:
+        name: `nf4` (with the scales quantised again, as in QLoRA) or `int8`.
+        compute_dtype: of the products with `nf4` weights.
+    """
+    if name == "int8":
+        logging.getLogger(_INT8_LOG).setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def same_kernels_in_eval(model: nn.Module) -> None:
+    """Keep 4-bit layers from another layout in eval mode, which some CPUs get.
+
+    It computes in bf16, and once there the layers pass no gradient on, also in training mode.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+# ---- adapters
+
+
+def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> None:
+    """Freeze the weights and put both adapters into the model, in place; they begin equal, at a product of 0.
+
+    Args:
+        model: with its weights, perhaps quantised.
+        settings: of the adapters.
+        base: name or folder of the model, noted in exports.
+
+    Raises:
+        ConfigurationError: no module of the model is named by `model.lora.target_modules`.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_dora=settings.dora,
+        base_model_name_or_path=base,
+    )
+    model.requires_grad_(False)
+    # A generator of its own, on the CPU: the same first values on every rank and device, at any time.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        # Two adapters in one model are what we want.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.manual_seed(settings.seed)
+        try:
+            inject_adapter_in_model(config, model, TRAINED)
+            inject_adapter_in_model(config, model, REFERENCE)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"`model.lora.target_modules` is {settings.target_modules!r}: {str(error).splitlines()[0]}"
+            ) from error
+    for layer in _adapted(model):
+        layer.set_adapter(TRAINED)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    snapshot_adapter_(model)
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Weights of one adapter, under the names they bear in an exported folder; they share the model's memory."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def snapshot_adapter_(model: nn.Module) -> None:
+    """Copy the trained adapter into the frozen one, in place and on each rank's own part."""
+    trained, frozen = adapter_state(model, TRAINED), adapter_state(model, REFERENCE)
+    torch._foreach_copy_(list(frozen.values()), [trained[name] for name in frozen])
+
+
+@contextmanager
+def reference_adapter_active(model: nn.Module) -> Iterator[None]:
+    """Within, the model is M_{t-1}: the frozen adapter, in eval mode."""
+    layers, was_training = _adapted(model), model.training
+    _switch(layers, REFERENCE)
+    # What is in eval mode within a training model, such as a user's own frozen part, comes back as such.
+    training = [module for module in model.modules() if module.training] if was_training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        _switch(layers, TRAINED)
+        for module in training:
+            module.training = True
+
+
+def _switch(layers: list[Any], adapter: str) -> None:
+    for layer in layers:
+        # `set_adapter` would also freeze the trained adapter, in the middle of an accumulation.
+        layer._active_adapter = [adapter]
+
+
+# ---- files
+
+
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the trained adapter as `peft.PeftModel.from_pretrained` reads it.
+
+    Args:
+        model: with adapters.
+        folder: is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_state(model, TRAINED).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config[TRAINED].save_pretrained(folder)
+
+
+@torch.no_grad()
+def read_reference_adapter_(model: nn.Module, folder: Path) -> None:
+    """Read an exported adapter into the frozen one, in place.
+
+    Args:
+        model: with adapters of the same shape.
+        folder: written by `write_adapter`.
+
+    Raises:
+        ResumeError: the file is absent, damaged or of other shapes.
+    """
+    path = folder / "adapter_model.safetensors"
+    frozen = adapter_state(model, REFERENCE)
+    try:
+        found = load_file(path)
+        if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in frozen.items()}:
+            raise ValueError("its names or shapes aren't those of `model.lora`")
+        for name, tensor in frozen.items():
+            tensor.copy_(found[name])
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ResumeError(
+            f"{path}: {str(error).splitlines()[0]}; restore that folder or start a new run"
+        ) from error
+
+
+@torch.no_grad()
+def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights of the plain model with the trained adapter added, on the CPU; the model stays as it is, bit for bit."""
+    merged, adapted = {}, set(_adapted(model))
+    for name, layer in model.named_modules():
+        if layer in adapted:
+            base = layer.get_base_layer()
+            kept = base.weight.data
+            layer.merge(safe_merge=True, adapter_names=[TRAINED])
+            merged[f"{name}.weight"] = base.weight.detach().cpu().clone()
+            layer.unmerge()
+            # Adding and subtracting again would leave rounding behind.
+            base.weight.data = kept
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        state[plain] = merged.get(plain, tensor)
+    return state
+
+
+# ---- checkpoints
+
+
+def without_base(state: dict[str, Any], policy: nn.Module, prefix: str) -> dict[str, Any]:
+    """A state dict without the frozen weights of the policy.
+
+    Args:
+        state: of the whole module.
+        policy: with adapters.
+        prefix: of its names in `state`, as in `policy.`.
+    """
+    trained = _trained_names(policy, prefix)
+    return {name: value for name, value in state.items() if not name.startswith(prefix) or name in trained}
+
+
+def check_adapter_names(state: dict[str, Any], policy: nn.Module, prefix: str) -> None:
+    """A checkpoint is loaded without the base, hence not strictly; of the adapters it must hold all and no more.
+
+    Raises:
+        ResumeError: it doesn't.
+    """
+    found, expected = {name for name in state if name.startswith(prefix)}, _trained_names(policy, prefix)
+    if found != expected:
+        raise ResumeError(
+            f"`model.lora`: the checkpoint holds {len(found)} weights, these settings have {len(expected)}, and "
+            f"{len(found ^ expected)} are on one side only; resume with the settings of the run"
+        )
+
+
+def _trained_names(policy: nn.Module, prefix: str) -> set[str]:
+    return {prefix + name for name, parameter in policy.named_parameters() if parameter.requires_grad}
