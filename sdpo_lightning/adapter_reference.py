@@ -108,6 +108,8 @@ def check_adapters(
         ConfigurationError: with the setting to change.
     """
     name = type(reference).__name__
+    if lora is not None:
+        lora.check()
     if lora is None and quantization is not None:
         raise ConfigurationError(
             f"`model.quantization` is {quantization!r}, and quantised weights can't be trained; add adapters with "

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ QuantizationName = Literal["nf4", "int8"]
 TRAINED, REFERENCE = "default", "reference"
 # What `peft.PeftModel` puts before the names of the model.
 _PREFIX = "base_model.model."
+# Before the policy's names in the state dict of the Lightning module.
+_POLICY = "policy."
 # Says at every product that its inputs are rounded.
 _INT8_LOG = "bitsandbytes.autograd._functions"
 
@@ -44,9 +46,6 @@ class LoraSettings:
         dora: train the weights' magnitudes as well (DoRA).
         seed: of the adapters' first values, the same on all ranks and on resume.
         export_merged: also write each M_t with the adapters added to the weights, `stages/0t-<name>-merged`.
-
-    Raises:
-        ConfigurationError: a number outside its range.
     """
 
     r: int = 16
@@ -57,7 +56,12 @@ class LoraSettings:
     seed: int = 0
     export_merged: bool = False
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Not done on creation: the command line would bury the message in its own.
+
+        Raises:
+            ConfigurationError: a number outside its range.
+        """
         if self.r < 1:
             raise ConfigurationError(f"`model.lora.r` is {self.r}, expected 1 or more")
         if self.alpha <= 0:
@@ -84,32 +88,42 @@ def check_packages(lora: LoraSettings | None, quantization: QuantizationName | N
 # ---- quantised weights
 
 
-def quantization_config(name: QuantizationName, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(name: QuantizationName) -> BitsAndBytesConfig:
     """How transformers quantises the linear layers while it loads them; the head and the norms stay fp32.
 
     Args:
         name: `nf4` (with the scales quantised again, as in QLoRA) or `int8`.
-        compute_dtype: of the products with `nf4` weights.
     """
     if name == "int8":
         logging.getLogger(_INT8_LOG).setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def same_kernels_in_eval(model: nn.Module) -> None:
-    """Keep 4-bit layers from another layout in eval mode, which some CPUs get.
+    """Have quantised layers compute in eval mode as they do in training, where on a CPU bitsandbytes would not.
 
-    It computes in bf16, and once there the layers pass no gradient on, also in training mode.
+    Its 4-bit layers may change to a layout that computes in bf16 and passes no gradient on, also in later training
+    mode; its int8 layers round their inputs in eval mode only.
     """
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
+        kind = type(module).__name__
+        if kind == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
+            module.register_forward_pre_hook(_in_dtype_of_autocast)
+        elif kind == "Linear8bitLt":
+            module.register_forward_pre_hook(_as_in_training)
+
+
+def _in_dtype_of_autocast(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    # Else in that of its first forward, which may lie outside of autocast.
+    device = inputs[0].device.type
+    autocast = torch.is_autocast_enabled(device)
+    module.compute_dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
+
+
+def _as_in_training(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    module.training = True
 
 
 # ---- adapters
@@ -152,10 +166,18 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> N
             ) from error
     for layer in _adapted(model):
         layer.set_adapter(TRAINED)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if settings.export_merged and model.config.get_text_config().tie_word_embeddings:
+        _refuse_adapted_ties(model)
     snapshot_adapter_(model)
+
+
+def _refuse_adapted_ties(model: PreTrainedModel) -> None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(layer in ends for layer in _adapted(model)):
+        raise ConfigurationError(
+            "`model.lora.export_merged` with an adapter on the embedding or the head, which share their weight in this "
+            "model and would no longer; leave them out of `model.lora.target_modules`"
+        )
 
 
 def _adapted(model: nn.Module) -> list[Any]:
@@ -184,16 +206,12 @@ def reference_adapter_active(model: nn.Module) -> Iterator[None]:
     """Within, the model is M_{t-1}: the frozen adapter, in eval mode."""
     layers, was_training = _adapted(model), model.training
     _switch(layers, REFERENCE)
-    # What is in eval mode within a training model, such as a user's own frozen part, comes back as such.
-    training = [module for module in model.modules() if module.training] if was_training else []
-    for module in training:
-        module.training = False
+    model.eval()
     try:
         yield
     finally:
         _switch(layers, TRAINED)
-        for module in training:
-            module.training = True
+        model.train(was_training)
 
 
 def _switch(layers: list[Any], adapter: str) -> None:
@@ -268,31 +286,57 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 # ---- checkpoints
 
 
-def without_base(state: dict[str, Any], policy: nn.Module, prefix: str) -> dict[str, Any]:
-    """A state dict without the frozen weights of the policy.
+def into_checkpoint_(
+    checkpoint: dict[str, Any], policy: nn.Module, lora: LoraSettings | None, quantization: QuantizationName | None
+) -> None:
+    """Note the settings in a checkpoint, and take the frozen weights out of it.
 
     Args:
-        state: of the whole module.
-        policy: with adapters.
-        prefix: of its names in `state`, as in `policy.`.
+        checkpoint: of a module that holds the policy under `policy`, changed in place.
+        policy: perhaps with adapters.
+        lora: settings of the adapters; None keeps all weights.
+        quantization: of the frozen weights.
     """
-    trained = _trained_names(policy, prefix)
-    return {name: value for name, value in state.items() if not name.startswith(prefix) or name in trained}
+    checkpoint["adapters"] = _settings_record(lora, quantization)
+    if lora is not None:
+        trained, state = _trained_names(policy), checkpoint["state_dict"]
+        checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith(_POLICY) or n in trained}
 
 
-def check_adapter_names(state: dict[str, Any], policy: nn.Module, prefix: str) -> None:
-    """A checkpoint is loaded without the base, hence not strictly; of the adapters it must hold all and no more.
+def check_checkpoint(
+    checkpoint: dict[str, Any], policy: nn.Module, lora: LoraSettings | None, quantization: QuantizationName | None
+) -> None:
+    """Compare the settings, some of which leave no trace in the weights, and the adapters' names.
+
+    Without the base a checkpoint can't be loaded strictly; of the adapters it must hold all and no more.
 
     Raises:
-        ResumeError: it doesn't.
+        ResumeError: they differ.
     """
-    found, expected = {name for name in state if name.startswith(prefix)}, _trained_names(policy, prefix)
+    found, expected = checkpoint.get("adapters"), _settings_record(lora, quantization)
     if found != expected:
         raise ResumeError(
-            f"`model.lora`: the checkpoint holds {len(found)} weights, these settings have {len(expected)}, and "
-            f"{len(found ^ expected)} are on one side only; resume with the settings of the run"
+            f"`model.lora` and `model.quantization` are {expected}, the checkpoint's run had {found}; resume with "
+            "the settings of the run"
+        )
+    if lora is None:
+        return
+    held, trained = {n for n in checkpoint["state_dict"] if n.startswith(_POLICY)}, _trained_names(policy)
+    if held != trained:
+        raise ResumeError(
+            f"`ckpt_path`: the checkpoint holds {len(held)} weights of adapters, the model has {len(trained)}, and "
+            f"{len(held ^ trained)} are on one side only; it is damaged, or of another model"
         )
 
 
-def _trained_names(policy: nn.Module, prefix: str) -> set[str]:
-    return {prefix + name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+def _settings_record(lora: LoraSettings | None, quantization: QuantizationName | None) -> dict[str, Any] | None:
+    if lora is None:
+        return None
+    kept = asdict(lora) | {"quantization": quantization}
+    # It changes no number.
+    del kept["export_merged"]
+    return kept
+
+
+def _trained_names(policy: nn.Module) -> set[str]:
+    return {_POLICY + name for name, parameter in policy.named_parameters() if parameter.requires_grad}

@@ -52,7 +52,7 @@ class CausalBackbone(nn.Module):
         self.logits_budget_mb = logits_budget_mb
         self.offloads_activations = False
         self._compiles_layers = False
-        # Quantised products round by what else is in the batch.
+        # Of a summed logp, relative; int8 products round by what else is in the batch.
         self.layout_tolerance = 1e-4
         # Of the frozen weights, where adapters are trained; hashed once.
         self.base_digest: str | None = None
@@ -124,7 +124,6 @@ def load_policy(
     disable_dropout: bool = True,
     logits_budget_mb: float = 256.0,
     quantization: QuantizationName | None = None,
-    compute_dtype: torch.dtype = torch.float32,
 ) -> CausalBackbone:
     """Load a causal LM with fp32 master weights, whatever the file's dtype.
 
@@ -133,7 +132,6 @@ def load_policy(
         disable_dropout: set every dropout probability to 0.
         logits_budget_mb: most MiB of fp32 logits that exist at once.
         quantization: of the linear layers, which then can't be trained; they are quantised on the default device.
-        compute_dtype: of products with 4-bit weights.
 
     Raises:
         ConfigurationError: the model can't be read.
@@ -150,7 +148,7 @@ def load_policy(
             trust_remote_code=False,
             attn_implementation=_attention_of(config),
             output_loading_info=True,
-            quantization_config=quantization and quantization_config(quantization, compute_dtype),
+            quantization_config=quantization and quantization_config(quantization),
             # Else a quantised model goes to the GPU, whatever the Trainer's device.
             device_map=quantization and {"": torch.get_default_device()},
         )
@@ -167,7 +165,7 @@ def load_policy(
         )
     same_kernels_in_eval(model)
     backbone = CausalBackbone(model, logits_budget_mb)
-    if quantization == "int8" or (quantization and compute_dtype != torch.float32):
+    if quantization == "int8":
         backbone.layout_tolerance = 1e-2
     return backbone
 

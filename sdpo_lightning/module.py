@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
-from sdpo_lightning.adapters import LoraSettings, QuantizationName, check_adapter_names, without_base
+from sdpo_lightning.adapters import LoraSettings, QuantizationName, check_checkpoint, into_checkpoint_
 from sdpo_lightning.backbone import CausalBackbone, attach_adapters, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
@@ -132,10 +132,7 @@ class DPOLitModule(pl.LightningModule):
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
         """Read a causal LM with fp32 master weights. Override to bring an own model."""
-        dtype = torch.float32 if str(self.trainer.precision) == "32-true" else torch.bfloat16
-        return load_policy(
-            model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization, dtype
-        )
+        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization)
 
     def load_reference_weights(self, run_dir: Path) -> nn.Module:
         """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
@@ -320,8 +317,7 @@ class DPOLitModule(pl.LightningModule):
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
         checkpoint["random_states"] = collect_random_states()
-        if self.lora is not None:
-            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], self.policy, "policy.")
+        into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stage record over, and refuse another S.
@@ -331,13 +327,12 @@ class DPOLitModule(pl.LightningModule):
         """
         if "stage_record" not in checkpoint:
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
+        check_checkpoint(checkpoint, self.policy, self.lora, self.quantization)
         record = StageRecord(**checkpoint["stage_record"])
         if self.record.digests and self.record.digests[0] != record.digests[0]:
             raise ResumeError(
                 f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
                 f"with {record.digests[0][:12]}"
             )
-        if self.lora is not None:
-            check_adapter_names(checkpoint["state_dict"], self.policy, "policy.")
         self.record = record
         self.random_states = checkpoint["random_states"]

@@ -419,13 +419,16 @@ def test_a_damaged_reference_is_refused(tmp_path, tiny_model_dir, sources, stopp
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lora": LoraSettings(r=8)}, {"lora": LoraSettings(r=4, alpha=8, seed=1)}, {"quantization": "nf4"}]
+    "settings",
+    [{"lora": LoraSettings(r=8)}, {"lora": LoraSettings(r=4, alpha=9)}, {"quantization": "nf4"}, {"lora": None}],
 )
 def test_a_resume_with_other_settings_is_refused(tmp_path, tiny_model_dir, sources, stopped, settings):
     shutil.copytree(stopped, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "stopped-step=5.ckpt"
-    with pytest.raises(ResumeError, match="model.lora"):
-        run(tmp_path / "run", tiny_model_dir, sources, ckpt_path=checkpoint, module_args=settings)
+    # A cached reference goes with any settings.
+    arguments = {"ckpt_path": checkpoint, "module_args": settings, "reference": CachedReference()}
+    with pytest.raises(ResumeError, match="`model.lora` and `model.quantization` are"):
+        run(tmp_path / "run", tiny_model_dir, sources, **arguments)
 
 
 def test_a_checkpoint_that_lacks_an_adapter_weight_is_refused(tmp_path, tiny_model_dir, sources, stopped):
@@ -434,7 +437,7 @@ def test_a_checkpoint_that_lacks_an_adapter_weight_is_refused(tmp_path, tiny_mod
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["state_dict"][next(name for name in checkpoint["state_dict"] if "lora_A" in name)]
     torch.save(checkpoint, path)
-    with pytest.raises(ResumeError, match="holds 27 weights, these settings have 28"):
+    with pytest.raises(ResumeError, match="holds 27 weights of adapters, the model has 28"):
         run(tmp_path / "run", tiny_model_dir, sources, ckpt_path=path)
 
 
@@ -454,8 +457,8 @@ if __name__ == "__main__":
     sources = [PreferenceSource(Path(path).stem, path) for path in paths]
     module = {"lora": LoraSettings(r=4, alpha=8), "quantization": quantization or None, "optimizer": adamw(1e-2)}
     trainer = {"devices": 2, "strategy": "ddp"}
-    data = {"batch_size": 1, "order": "easy_to_hard", "val_fraction": 0.2}
-    fit(Path(run_dir), model_dir, sources, reference=AdapterReference(), module_args=module, trainer_args=trainer, **data)
+    data = {"batch_size": 1, "order": "easy_to_hard", "val_fraction": 0.2, "trainer_args": trainer}
+    fit(Path(run_dir), model_dir, sources, reference=AdapterReference(), module_args=module, **data)
 """
 
 
@@ -513,7 +516,7 @@ def test_refused_before_weights_load(arguments, message):
 def test_numbers_outside_their_range(number):
     [key] = number
     with pytest.raises(ConfigurationError, match=f"`model.lora.{key}`"):
-        LoraSettings(**number)
+        DPOLitModule("there is no such model", lora=LoraSettings(**number))
 
 
 @pytest.mark.parametrize(
