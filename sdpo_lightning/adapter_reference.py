@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sdpo_lightning.adapters import (
     REFERENCE,
     LoraSettings,
-    QuantizationName,
     adapter_state,
     check_packages,
     read_reference_adapter_,
@@ -20,7 +19,14 @@ from sdpo_lightning.adapters import (
 )
 from sdpo_lightning.backbone import CausalBackbone, adapter_digest
 from sdpo_lightning.reference import CachedReference, ReferencePolicy, ResidentReference
-from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ReferenceInputs, Stage
+from sdpo_lightning.types import (
+    ConfigurationError,
+    PairLogps,
+    PreferenceBatch,
+    QuantizationName,
+    ReferenceInputs,
+    Stage,
+)
 
 
 class FrozenAdapter(nn.Module):

@@ -1,37 +1,34 @@
-"""Rank 1: low-rank adapters within a transformers model, and quantised base weights below them.
+"""Rank 1: low-rank adapters within a transformers model.
 
 A model bears two adapters: `default` is trained, `reference` is frozen and holds M_{t-1}. Both are ordinary parameters
 inside the decoder layers, so sharding and DDP treat them as any other; the base is shared.
-LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353; NF4: arXiv 2305.14314; int8: arXiv 2208.07339.
+LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_peft_available
 
-from sdpo_lightning.types import ConfigurationError, ResumeError
+from sdpo_lightning.types import ConfigurationError, QuantizationName, ResumeError
 
-QuantizationName = Literal["nf4", "int8"]
 TRAINED, REFERENCE = "default", "reference"
 # What `peft.PeftModel` puts before the names of the model.
 _PREFIX = "base_model.model."
 # Before the policy's names in the state dict of the Lightning module.
 _POLICY = "policy."
-# Says at every product that its inputs are rounded.
-_INT8_LOG = "bitsandbytes.autograd._functions"
 
 
 @dataclass(frozen=True)
@@ -83,47 +80,6 @@ def check_packages(lora: LoraSettings | None, quantization: QuantizationName | N
             f"`model.quantization: {quantization}` needs bitsandbytes, which isn't installed (it comes with this "
             "package on Linux): pip install bitsandbytes, or leave `model.quantization` out"
         )
-
-
-# ---- quantised weights
-
-
-def quantization_config(name: QuantizationName) -> BitsAndBytesConfig:
-    """How transformers quantises the linear layers while it loads them; the head and the norms stay fp32.
-
-    Args:
-        name: `nf4` (with the scales quantised again, as in QLoRA) or `int8`.
-    """
-    if name == "int8":
-        logging.getLogger(_INT8_LOG).setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-def same_kernels_in_eval(model: nn.Module) -> None:
-    """Have quantised layers compute in eval mode as they do in training, where on a CPU bitsandbytes would not.
-
-    Its 4-bit layers may change to a layout that computes in bf16 and passes no gradient on, also in later training
-    mode; its int8 layers round their inputs in eval mode only.
-    """
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-            module.register_forward_pre_hook(_in_dtype_of_autocast)
-        elif kind == "Linear8bitLt":
-            module.register_forward_pre_hook(_as_in_training)
-
-
-def _in_dtype_of_autocast(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    # Else in that of its first forward, which may lie outside of autocast.
-    device = inputs[0].device.type
-    autocast = torch.is_autocast_enabled(device)
-    module.compute_dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
-
-
-def _as_in_training(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    module.training = True
 
 
 # ---- adapters
@@ -198,7 +154,11 @@ def adapter_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def snapshot_adapter_(model: nn.Module) -> None:
     """Copy the trained adapter into the frozen one, in place and on each rank's own part."""
     trained, frozen = adapter_state(model, TRAINED), adapter_state(model, REFERENCE)
-    torch._foreach_copy_(list(frozen.values()), [trained[name] for name in frozen])
+    torch._foreach_copy_([_local(t) for t in frozen.values()], [_local(trained[name]) for name in frozen])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -254,11 +214,17 @@ def read_reference_adapter_(model: nn.Module, folder: Path) -> None:
         if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in frozen.items()}:
             raise ValueError("its names or shapes aren't those of `model.lora`")
         for name, tensor in frozen.items():
-            tensor.copy_(found[name])
+            tensor.copy_(_sharded_like(tensor, found[name]))
     except (OSError, ValueError, SafetensorError) as error:
         raise ResumeError(
             f"{path}: {str(error).splitlines()[0]}; restore that folder or start a new run"
         ) from error
+
+
+def _sharded_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
 @torch.no_grad()

@@ -22,12 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sdpo_lightning.adapters import (
     TRAINED,
     LoraSettings,
-    QuantizationName,
     adapter_state,
     add_adapters,
     merged_state,
-    quantization_config,
-    same_kernels_in_eval,
     write_adapter,
 )
 from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
@@ -35,7 +32,8 @@ from sdpo_lightning.casts import CASTS
 from sdpo_lightning.files import new_folder
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import offload_activations
-from sdpo_lightning.types import ConfigurationError, PreferenceBatch
+from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch, QuantizationName
 
 
 class CausalBackbone(nn.Module):

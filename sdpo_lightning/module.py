@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
-from sdpo_lightning.adapters import LoraSettings, QuantizationName, check_checkpoint, into_checkpoint_
+from sdpo_lightning.adapters import LoraSettings, check_checkpoint, into_checkpoint_
 from sdpo_lightning.backbone import CausalBackbone, attach_adapters, load_policy, weights_digest
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
@@ -34,6 +34,7 @@ from sdpo_lightning.types import (
     LogpTable,
     PairLogps,
     PreferenceBatch,
+    QuantizationName,
     ResumeError,
     Stage,
     StageRecord,

@@ -18,7 +18,7 @@ from helpers import make_rows, write_jsonl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import adamw, fit, losses, metrics, reproducible
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sdpo_lightning import (
     AdapterReference,
@@ -30,7 +30,14 @@ from sdpo_lightning import (
     StageCheckpoint,
 )
 from sdpo_lightning import adapters as adapters_module
-from sdpo_lightning.adapters import REFERENCE, TRAINED, adapter_state, read_reference_adapter_
+from sdpo_lightning.adapters import (
+    REFERENCE,
+    TRAINED,
+    adapter_state,
+    read_reference_adapter_,
+    reference_adapter_active,
+    snapshot_adapter_,
+)
 from sdpo_lightning.backbone import attach_adapters, load_policy, weights_digest
 from sdpo_lightning.cli import main
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
@@ -231,6 +238,31 @@ def test_dropout_of_the_adapters_is_the_policys_alone(tmp_path, tiny_model_dir, 
     assert trainer.global_step == 13
     run(tmp_path / "off", tiny_model_dir, sources)
     assert losses(tmp_path / "on") != losses(tmp_path / "off")
+
+
+def test_a_snapshot_is_in_eval_mode_and_leaves_training_as_it_was(tiny_model_dir):
+    policy = attach_adapters(load_policy(str(tiny_model_dir)), LoraSettings(r=4, dropout=0.5), "base").train()
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    product = [p for name, p in policy.named_parameters() if "lora_B.default" in name]
+    with torch.no_grad():
+        for parameter in product:
+            parameter.normal_(std=0.1)
+    snapshot_adapter_(policy.model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        with reference_adapter_active(policy):
+            first, second = policy.model(input_ids=ids).logits, policy.model(input_ids=ids).logits
+            assert [name for name, p in policy.named_parameters() if p.requires_grad] == trainable
+        assert torch.equal(first, second)
+        assert policy.training and policy.model.training
+        # The policy itself drops out, and in eval mode equals its snapshot.
+        assert not torch.equal(policy.model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
+        assert torch.equal(policy.eval().model(input_ids=ids).logits, first)
+        for parameter in product:
+            parameter.zero_()
+        with reference_adapter_active(policy):
+            assert torch.equal(policy.model(input_ids=ids).logits, first)
+        assert not torch.equal(policy.model(input_ids=ids).logits, first)
 
 
 def test_recomputed_layers_give_the_same_losses(tmp_path, tiny_model_dir, sources):
@@ -541,6 +573,38 @@ def test_quantised_weights_are_not_sharded(tmp_path, tiny_model_dir, sources, mo
             tmp_path, tiny_model_dir, sources, "nf4", module_class=NoWeights,
             trainer_args={"strategy": strategy, "devices": 1},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("targets, adapted", [(["embed_tokens", "lm_head"], 4), (r".*\.0\.mlp\..*_proj", 6)])
+def test_other_target_modules(tmp_path, tiny_model_dir, sources, targets, adapted):
+    settings = LoraSettings(r=4, target_modules=targets, export_merged=True)
+    _, module = run(tmp_path, tiny_model_dir, sources, module_args={"lora": settings})
+    folder = tmp_path / "stages" / "03-c"
+    # Two tensors a module.
+    assert len(adapter(folder)) == adapted
+    ids = torch.arange(40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(f"{folder}-merged")(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(module.policy.eval().model(input_ids=ids).logits, merged, rtol=0, atol=1e-5)
+
+
+def test_a_merged_export_keeps_tied_weights_tied(tmp_path, tiny_model_dir, sources):
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    for path in tiny_model_dir.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "tied")
+    with pytest.raises(ConfigurationError, match="share their weight"):
+        settings = LoraSettings(target_modules=["lm_head"], export_merged=True)
+        run(tmp_path / "no", tmp_path / "tied", sources, module_args={"lora": settings})
+    settings = LoraSettings(r=4, export_merged=True)
+    _, module = run(tmp_path / "yes", tmp_path / "tied", sources, module_args={"lora": settings})
+    ids = torch.arange(40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "yes" / "stages" / "03-c-merged")
+    with torch.no_grad():
+        ours = module.policy.eval().model(input_ids=ids).logits
+        torch.testing.assert_close(ours, merged(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
 def test_unknown_target_modules(tmp_path, tiny_model_dir, sources):
