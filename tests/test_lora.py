@@ -68,6 +68,8 @@ def sources(tmp_path_factory):
 
 
 def run(run_dir, model_dir, sources, kind="lora", reference=None, module_args=None, **rest):
+    if "quantization" in KINDS[kind]:
+        pytest.importorskip("bitsandbytes")
     arguments = {"optimizer": adamw(1e-2), "warmup_ratio": 0.0, **KINDS[kind], **(module_args or {})}
     reference = reference or AdapterReference()
     return fit(run_dir, model_dir, sources, reference=reference, module_args=arguments, **rest)
@@ -84,6 +86,8 @@ def assert_same_adapter(left: dict, right: dict) -> None:
 
 
 def backbone(model_dir, kind="lora"):
+    if "quantization" in KINDS[kind]:
+        pytest.importorskip("bitsandbytes")
     model = load_policy(str(model_dir), quantization=KINDS[kind].get("quantization"))
     return attach_adapters(model, KINDS[kind]["lora"], str(model_dir))
 
