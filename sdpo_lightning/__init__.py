@@ -17,6 +17,8 @@ _HOMES = {
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",
     "CachedReference": "reference",
+    "AdapterReference": "adapter_reference",
+    "LoraSettings": "adapters",
     "PreferenceBatch": "types",
     "PairLogps": "types",
     "Chunk": "types",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +19,17 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sdpo_lightning.adapters import (
+    TRAINED,
+    LoraSettings,
+    adapter_state,
+    add_adapters,
+)
 from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import ParkedWeights, offload_activations
+from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import (
     Sharding,
@@ -33,7 +41,7 @@ from sdpo_lightning.sharding import (
     weights_on_meta,
     whole_tensors,
 )
-from sdpo_lightning.types import ConfigurationError, PreferenceBatch
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch, QuantizationName
 
 
 class CausalBackbone(nn.Module):
@@ -53,6 +61,10 @@ class CausalBackbone(nn.Module):
         # Not a module of this one: a tuple hides the blueprint.
         self._cut: tuple[Sharding, CausalBackbone] | None = None
         self._parked: ParkedWeights | None = None
+        # Of a summed logp, relative; int8 products round by what else is in the batch.
+        self.layout_tolerance = 1e-4
+        # Of the frozen weights, where adapters are trained; hashed once.
+        self.base_digest: str | None = None
         # Granite divides, Cohere multiplies, Gemma 2 caps its logits after the head.
         values = model.config.get_text_config().to_dict()
         self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
@@ -161,7 +173,10 @@ class CausalBackbone(nn.Module):
 
 
 def load_policy(
-    model_name_or_path: str, disable_dropout: bool = True, logits_budget_mb: float = 256.0
+    model_name_or_path: str,
+    disable_dropout: bool = True,
+    logits_budget_mb: float = 256.0,
+    quantization: QuantizationName | None = None,
 ) -> CausalBackbone:
     """Load a causal LM with fp32 master weights, whatever the file's dtype.
 
@@ -169,6 +184,7 @@ def load_policy(
         model_name_or_path: a Hugging Face folder or hub name with safetensors weights.
         disable_dropout: set every dropout probability to 0.
         logits_budget_mb: most MiB of fp32 logits that exist at once.
+        quantization: of the linear layers, which then can't be trained; they are quantised on the default device.
 
     Raises:
         ConfigurationError: the model can't be read.
@@ -183,6 +199,9 @@ def load_policy(
             trust_remote_code=False,
             attn_implementation=_attention_of(config),
             output_loading_info=True,
+            quantization_config=quantization and quantization_config(quantization),
+            # Else a quantised model goes to the GPU, whatever the Trainer's device.
+            device_map=quantization and {"": torch.get_default_device()},
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise _no_model(model_name_or_path, error) from error
@@ -192,7 +211,47 @@ def load_policy(
             f"`model.model_name_or_path`: {model_name_or_path!r} lacks {len(absent)} of the model's weights, "
             f"{absent[0]} first; they would be random"
         )
-    return CausalBackbone(model, logits_budget_mb)
+    same_kernels_in_eval(model)
+    backbone = CausalBackbone(model, logits_budget_mb)
+    if quantization == "int8":
+        backbone.layout_tolerance = 1e-2
+    return backbone
+
+
+def attach_adapters(backbone: CausalBackbone, settings: LoraSettings, base: str) -> CausalBackbone:
+    """Freeze a model and give it adapters to train, in place.
+
+    Args:
+        backbone: with its weights.
+        settings: of the adapters.
+        base: name or folder of the model, noted in exports.
+
+    Raises:
+        ConfigurationError: the settings don't fit the model.
+    """
+    # With the scales of quantised weights, which are no parameters.
+    state = {name: value for name, value in backbone.model.state_dict().items() if isinstance(value, Tensor)}
+    backbone.base_digest = _tensors_digest(state)
+    add_adapters(backbone.model, settings, base)
+    return backbone
+
+
+def store_frozen_(backbone: CausalBackbone, dtype: torch.dtype | None) -> CausalBackbone:
+    """Hold the frozen weights of linear layers in the dtype that autocast gives them anyway: the same products.
+
+    Args:
+        backbone: with adapters.
+        dtype: of the products; None leaves the weights alone.
+    """
+    if dtype is None:
+        return backbone
+    # The embedding of a tied head: autocast leaves it alone.
+    embedding = backbone.model.get_input_embeddings().weight
+    for name, module in backbone.model.named_modules():
+        plain = type(module) is nn.Linear and ".lora_" not in name
+        if plain and not module.weight.requires_grad and module.weight is not embedding:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return backbone
 
 
 def load_skeleton(
@@ -264,10 +323,24 @@ def weights_digest(backbone: CausalBackbone) -> str:
     """sha256 over names, dtypes, shapes and bytes of all parameters, sorted by name; tied ones once.
 
     Taken over whole tensors: it doesn't depend on the number of ranks. A collective where the model is sharded.
+    With adapters: of the trained one and the base's own digest, which never changes.
     """
-    digest = hashlib.sha256()
-    for name, tensor in whole_tensors(sorted(backbone.model.named_parameters())):
+    if backbone.base_digest is None:
+        return _tensors_digest(dict(backbone.model.named_parameters()))
+    return adapter_digest(backbone, TRAINED)
+
+
+def adapter_digest(backbone: CausalBackbone, adapter: str) -> str:
+    """Digest of the model with one of its adapters: equal for both if they are equal."""
+    assert backbone.base_digest is not None
+    return _tensors_digest(adapter_state(backbone.model, adapter), backbone.base_digest)
+
+
+def _tensors_digest(tensors: dict[str, Tensor], seed: str = "") -> str:
+    digest = hashlib.sha256(seed.encode())
+    for name, tensor in whole_tensors(sorted(tensors.items())):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         if not tensor.is_meta:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return from_first_rank(digest.hexdigest) if is_sharded(backbone) else digest.hexdigest()
+    cut = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    return from_first_rank(digest.hexdigest) if cut else digest.hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checks import check_optimizer, check_run_dir, check_trainer
+from sdpo_lightning.checks import check_run_dir, check_strategy, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
@@ -58,6 +58,7 @@ class StageTransition(pl.Callback):
         Raises:
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
+        check_strategy(trainer, pl_module)
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1
@@ -66,7 +67,6 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
-        check_optimizer(trainer, pl_module)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
 

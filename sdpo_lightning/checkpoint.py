@@ -9,6 +9,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sdpo_lightning.types import ConfigurationError
+
 
 class StageCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that defers a save due on an epoch's last batch to the epoch's end.
@@ -94,3 +96,20 @@ class StageCheckpoint(ModelCheckpoint):
         if validated:
             super().on_validation_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
+
+
+def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
+    """Refuse a ModelCheckpoint with settings of its own.
+
+    Raises:
+        ConfigurationError: with what to use instead.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        plain = type(callback) is ModelCheckpoint
+        given = (callback.monitor, callback.dirpath, callback.filename, callback.save_last)
+        default = plain and not any(given) and callback.save_top_k == callback.every_n_epochs == 1
+        if plain and not default:
+            raise ConfigurationError(
+                "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "
+                "use sdpo_lightning.StageCheckpoint with the same arguments in `trainer.callbacks`"
+            )

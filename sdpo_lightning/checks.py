@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from sdpo_lightning.ranks import from_first_rank
@@ -32,13 +32,6 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"`trainer.precision` is {trainer.precision!r}, expected one of {_PRECISIONS}: pure low-precision weights "
             "can't take the small steps of DPO. bf16-mixed computes in bf16 and keeps fp32 master weights"
         )
-    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy) and not isinstance(
-        trainer.strategy, FSDP2Strategy
-    ):
-        raise ConfigurationError(
-            f"`trainer.strategy` is {type(trainer.strategy).__name__}, which doesn't know of the reference; use `fsdp2` "
-            "or `fsdp2_hybrid`"
-        )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
         raise ConfigurationError(
             "GradientAccumulationScheduler would change the steps of a stage while it runs; use "
@@ -55,19 +48,36 @@ def check_trainer(trainer: pl.Trainer) -> None:
             )
 
 
-def check_optimizer(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Refuse an optimizer that can't step on shards, before any weights are loaded.
+def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse what can't be sharded, before any weights are loaded.
 
     Raises:
         ConfigurationError: with the setting to change.
     """
-    if not isinstance(trainer.strategy, FSDP2Strategy):
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    # Exact about subclasses: DeepSpeed's strategy is one of DDP's.
+    if type(strategy) not in (DDPStrategy, SingleDeviceStrategy, FSDP2Strategy):
+        raise ConfigurationError(
+            f"`trainer.strategy` is {name}, which doesn't know of the reference; use `fsdp2`, `fsdp2_hybrid`, `ddp` or "
+            "one device"
+        )
+    if not isinstance(strategy, FSDP2Strategy):
         return
+    if pl_module.quantization is not None:
+        raise ConfigurationError(
+            f"`model.quantization: {pl_module.quantization}` with {name}: packed weights can't be cut into shards; use "
+            "`trainer.strategy: ddp` or leave `model.quantization` out"
+        )
+    if pl_module.lora is not None and pl_module.lora.export_merged:
+        raise ConfigurationError(
+            f"`model.lora.export_merged` with {name}: no rank holds the weights to add the adapter to; leave it out "
+            "and merge the exported adapters with peft"
+        )
     probe = pl_module.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
     if type(probe).__module__.partition(".")[0] == "bitsandbytes":
         raise ConfigurationError(
             f"`model.optimizer` is bitsandbytes' {type(probe).__name__}, whose kernels mix shards with plain tensors; "
-            "use torch.optim.AdamW with `trainer.strategy: fsdp2`, or `ddp` or one device with this one"
+            f"use torch.optim.AdamW with {name}, or `trainer.strategy: ddp` or one device with this one"
         )
 
 

@@ -75,7 +75,8 @@ def exact_layout(backbone: CausalBackbone, wanted: LayoutName, pad_to_multiple_o
     """
     problem = ""
     for name in _FALLBACKS[wanted]:
-        problem = layout_problem(backbone, COLLATORS[name](0, pad_to_multiple_of))
+        collator = COLLATORS[name](0, pad_to_multiple_of)
+        problem = layout_problem(backbone, collator, backbone.layout_tolerance)
         if not problem:
             log.info("layout: %s", name)
             return name

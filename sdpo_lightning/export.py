@@ -8,14 +8,14 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from sdpo_lightning.backbone import weights_digest
-from sdpo_lightning.hf_folder import save_hf
+from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.types import Stage
 
 log = logging.getLogger(__name__)
 
 
 class StageExport(pl.Callback):
-    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`."""
+    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder."""
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Write M_t, the policy at this moment, and record its digest.
@@ -28,7 +28,10 @@ class StageExport(pl.Callback):
         folder = Path("stages") / stage.folder_name
         pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
         pl_module.record.folders[stage.index] = str(folder)
-        save_hf(pl_module.policy, run_dir(trainer) / folder, trainer.datamodule.tokenizer)
+        target, tokenizer = run_dir(trainer) / folder, trainer.datamodule.tokenizer
+        save_hf(pl_module.policy, target, tokenizer)
+        if pl_module.lora is not None and pl_module.lora.export_merged:
+            save_merged(pl_module.policy, target.with_name(f"{target.name}-merged"), tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
 
 

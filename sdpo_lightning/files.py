@@ -1,4 +1,4 @@
-"""Rank 1: files that appear whole or not at all, and the CSV file that is cut back on resume."""
+"""Rank 1: files and folders that appear whole or not at all, and the CSV file that is cut back on resume."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import csv
 import io
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sdpo_lightning.ranks import from_first_rank
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -16,6 +21,42 @@ def write_json(path: Path, content: Any) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(staging, path)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all, in place of an older one: yields where to write its files.
+
+    A collective: rank 0 makes and publishes it.
+
+    Raises:
+        OSError: what rank 0 met, on all ranks.
+    """
+    staging = folder.with_name(f".{folder.name}.tmp")
+    from_first_rank(lambda: _begin(staging))
+    yield staging
+    from_first_rank(lambda: _publish(staging, folder))
+
+
+def _begin(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    for path in staging.iterdir():
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class MetricsFile:

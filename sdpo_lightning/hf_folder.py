@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from sdpo_lightning.adapters import TRAINED, adapter_state, merged_state, write_adapter
 from sdpo_lightning.backbone import CausalBackbone
+from sdpo_lightning.files import new_folder
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import is_sharded, whole_tensors
 
@@ -21,40 +21,37 @@ _LEAST_FILE, _MOST_FILE = 2**26, 2**32
 
 
 def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a Hugging Face folder (safetensors, configs, tokenizer). A collective; rank 0 writes.
+    """Write a Hugging Face folder (safetensors, configs, tokenizer) that appears whole or not at all. A collective.
 
-    Weights keep the master dtype: a later reference must be these very numbers. Shards stream to rank 0, which never
-    holds more than one file of them.
+    Rank 0 writes. Weights keep the master dtype: a later reference must be these very numbers. Shards stream to rank
+    0, which never holds more than one file of them. Of a model with adapters the folder holds the adapter alone, for
+    `peft.PeftModel.from_pretrained`.
 
     Raises:
         OSError: what rank 0 met, on all ranks.
     """
-    staging = folder.with_name(f".{folder.name}.tmp")
-    from_first_rank(lambda: _begin(staging))
-    if not is_sharded(backbone):
-        from_first_rank(lambda: backbone.model.save_pretrained(staging))
-    elif from_first_rank(lambda: _is_converted(backbone)):
-        # Several of our weights make one of the file's, or the reverse: all are needed at once.
-        named = backbone.model.state_dict(keep_vars=True).items()
-        whole = {name: tensor for name, tensor in whole_tensors(list(named)) if not tensor.is_meta}
-        from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=whole))
-    else:
-        _stream(backbone, staging)
-    from_first_rank(lambda: _publish(staging, folder, tokenizer))
+    with new_folder(folder) as staging:
+        if backbone.base_digest is not None:
+            adapter = dict(whole_tensors(list(adapter_state(backbone.model, TRAINED).items())))
+            from_first_rank(lambda: write_adapter(backbone.model, adapter, staging))
+        elif not is_sharded(backbone):
+            from_first_rank(lambda: backbone.model.save_pretrained(staging))
+        elif from_first_rank(lambda: _is_converted(backbone)):
+            # Several of our weights make one of the file's, or the reverse: all are needed at once.
+            named = backbone.model.state_dict(keep_vars=True).items()
+            whole = {name: tensor for name, tensor in whole_tensors(list(named)) if not tensor.is_meta}
+            from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=whole))
+        else:
+            _stream(backbone, staging)
+        from_first_rank(lambda: tokenizer.save_pretrained(staging))
 
 
-def _begin(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-
-
-def _publish(staging: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.save_pretrained(staging)
-    for path in staging.iterdir():
-        _fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    _fsync(folder.parent)
+def save_merged(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model with adapters as a Hugging Face folder without any. A collective; rank 0 writes."""
+    state = merged_state(backbone.model)
+    with new_folder(folder) as staging:
+        from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=state))
+        from_first_rank(lambda: tokenizer.save_pretrained(staging))
 
 
 def _is_converted(backbone: CausalBackbone) -> bool:
@@ -110,11 +107,3 @@ def _files(sizes: list[tuple[str, int]]) -> list[list[str]]:
 
 def _file_name(number: int, of: int) -> str:
     return "model.safetensors" if of == 1 else f"model-{number:05d}-of-{of:05d}.safetensors"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

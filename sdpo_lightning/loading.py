@@ -47,7 +47,9 @@ def load_on_ranks(
             f"`load_skeleton` doesn't make the model of `load_weights`: {name} is another; override both"
         )
     del skeleton
-    return held.pop().place_(device, sharding)
+    placed = held.pop().place_(device, sharding)
+    placed.base_digest = from_first_rank(lambda: placed.base_digest)
+    return placed
 
 
 def _read(held: list[CausalBackbone], load: Callable[[], CausalBackbone]) -> dict[str, tuple[int, ...]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from sdpo_lightning.types import PairLogps
+from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
@@ -105,3 +108,28 @@ def _weighted_sums(rows: list[Tensor], weights: Tensor) -> Tensor:
     # Select, don't multiply: a filler pair may hold a non-finite value.
     table = torch.stack([row.double() for row in rows])
     return torch.where(weights > 0, table * weights, 0.0).sum(1)
+
+
+def prediction_rows(
+    policy: PairLogps, reference: PairLogps, batch: PreferenceBatch, source_of: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """Rows of `predictions.csv`, one a real pair.
+
+    Args:
+        policy: logps `[B]`.
+        reference: logps `[B]`.
+        batch: of the pairs.
+        source_of: name of the source of a pair id.
+    """
+    rows = zip(
+        batch.pair_id.tolist(),
+        batch.weights.tolist(),
+        *(t.tolist() for side in (policy, reference) for t in (side.chosen, side.rejected)),
+        strict=True,
+    )
+    keys = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+    return [
+        {"pair_id": i, "source": source_of(i), **dict(zip(keys, values, strict=True))}
+        for i, weight, *values in rows
+        if weight > 0
+    ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from sdpo_lightning.backbone import CausalBackbone, load_policy, load_skeleton, weights_digest
+from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
+from sdpo_lightning.adapters import LoraSettings, check_checkpoint, into_checkpoint_
+from sdpo_lightning.backbone import (
+    CausalBackbone,
+    attach_adapters,
+    load_policy,
+    load_skeleton,
+    store_frozen_,
+    weights_digest,
+)
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checkpoint import StageCheckpoint
+from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
@@ -26,24 +31,25 @@ from sdpo_lightning.loading import load_on_ranks
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
-from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
+from sdpo_lightning.optimization import StageOptimization
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import ReferencePolicy, ResidentReference
-from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
+from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
     PairLogps,
     PreferenceBatch,
+    QuantizationName,
     ResumeError,
-    Stage,
     StageRecord,
 )
 
 
-class DPOLitModule(pl.LightningModule):
+class DPOLitModule(StageOptimization):
     """Stepwise DPO (arXiv 2403.19270): a trainable policy and a frozen reference that follows it.
 
     Nothing is loaded here; weights come in `configure_model`, after all data is checked.
@@ -52,7 +58,7 @@ class DPOLitModule(pl.LightningModule):
         model_name_or_path: S, the SFT model: a Hugging Face folder or hub name.
         beta: inverse temperature of the implied reward.
         label_smoothing: probability that a label is wrong (cDPO), in [0, 0.5).
-        reference: where reference logps come from; None is `ResidentReference`.
+        reference: where reference logps come from; None is `ResidentReference`, with `lora` `AdapterReference`.
         optimizer: made afresh at the start of every stage.
         lr_scheduler: shape of the learning rate within a stage.
         warmup_ratio: share of a stage's optimizer steps in linear warm-up.
@@ -62,9 +68,11 @@ class DPOLitModule(pl.LightningModule):
         offload_activations: hold what is kept between recomputed layers in the memory of the CPU.
         compile_layers: `torch.compile` each decoder layer.
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
+        lora: train adapters instead of the weights (the `[peft]` extra).
+        quantization: of the frozen weights below the adapters.
 
     Raises:
-        ConfigurationError: a number outside its range.
+        ConfigurationError: a number outside its range, or settings that don't go together.
     """
 
     def __init__(
@@ -82,32 +90,32 @@ class DPOLitModule(pl.LightningModule):
         offload_activations: bool = False,
         compile_layers: bool = False,
         liger: bool = False,
+        lora: LoraSettings | None = None,
+        quantization: QuantizationName | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
             raise ConfigurationError(f"`model.beta` is {beta}, expected above 0")
         if not 0 <= label_smoothing < 0.5:
             raise ConfigurationError(f"`model.label_smoothing` is {label_smoothing}, expected within [0, 0.5)")
-        if not 0 <= warmup_ratio <= 1:
-            raise ConfigurationError(f"`model.warmup_ratio` is {warmup_ratio}, expected within [0, 1]")
         self.model_name_or_path = model_name_or_path
         self.beta = beta
         self.label_smoothing = label_smoothing
-        self.reference = reference if reference is not None else ResidentReference()
-        self.make_optimizer = optimizer
-        self.schedule: ScheduleName = lr_scheduler
-        self.warmup_ratio = warmup_ratio
+        default = ResidentReference if lora is None else AdapterReference
+        self.reference = reference if reference is not None else default()
+        check_adapters(lora, quantization, self.reference)
+        self.lora = lora
+        self.quantization: QuantizationName | None = quantization
+        # Adapters are saved without their base; `on_load_checkpoint` is strict about them.
+        self.strict_loading = lora is None
         self.disable_dropout = disable_dropout
         self.logits_budget_mb = logits_budget_mb
         self.execution = Execution(gradient_checkpointing, offload_activations, compile_layers, liger)
         self.policy: CausalBackbone | None = None
         self.exact_layout: LayoutName | None = None
-        self.stage: Stage | None = None
         self.record = StageRecord()
         self.m0_logps: LogpTable | None = None
         self.random_states: list[dict[str, Any]] | None = None
-        self.grad_norm = float("nan")
-        self.learning_rate = float("nan")
         self.last_logps: tuple[PairLogps, PairLogps] | None = None
         self.step_metrics = PreferenceMetrics()
         self.val_metrics = nn.ModuleList()
@@ -117,38 +125,53 @@ class DPOLitModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self._load(self.model_name_or_path, self._choose_layout).train()
+            self.policy = self._load(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
         """Read a causal LM with fp32 master weights; only rank 0 calls it. Override to bring an own model."""
-        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
+        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization)
 
     def load_skeleton(self, model_name_or_path: str) -> CausalBackbone:
         """The same model with weights on the meta device, on the other ranks. Override with `load_weights`."""
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
-    def _load(self, path: str, inspect: Callable[[CausalBackbone], None] = lambda whole: None) -> CausalBackbone:
-        def load() -> CausalBackbone:
-            whole = self.execution.apply(self.load_weights(path))
-            inspect(whole)
-            return whole
+    def _load(self, path: str) -> CausalBackbone:
+        strategy, data = self.trainer.strategy, self.trainer.datamodule
+        cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
-        strategy = self.trainer.strategy
+        def load() -> CausalBackbone:
+            whole = self._set_up(self.load_weights(path))
+            # Once it is cut or stored in bf16 there is no plain forward left to compare layouts with.
+            if self.exact_layout is None and (cut is not None or frozen is not None):
+                self.exact_layout = exact_layout(whole, data.layout, data.batching.pad_to_multiple_of)
+            return store_frozen_(whole, frozen)
+
+        if self.quantization is not None:
+            return load()
         return load_on_ranks(
-            load, lambda: self.execution.apply(self.load_skeleton(path)), strategy.root_device, sharding_of(strategy)
+            load, lambda: store_frozen_(self._set_up(self.load_skeleton(path)), frozen), strategy.root_device, cut
         )
 
-    def _choose_layout(self, whole: CausalBackbone) -> None:
-        # Once it is cut there is no plain forward left to compare layouts with.
-        if sharding_of(self.trainer.strategy) is not None:
-            data = self.trainer.datamodule
-            self.exact_layout = exact_layout(whole, data.layout, data.batching.pad_to_multiple_of)
+    def _set_up(self, weights: CausalBackbone) -> CausalBackbone:
+        if self.lora is not None:
+            attach_adapters(weights, self.lora, self.model_name_or_path)
+        return self.execution.apply(weights)
 
-    def load_reference_weights(self, run_dir: Path) -> CausalBackbone:
+    def _frozen_dtype(self) -> torch.dtype | None:
+        mixed = str(self.trainer.precision) == "bf16-mixed"
+        # Merging adds to the weights as they were read.
+        if self.lora is None or self.quantization is not None or self.lora.export_merged or not mixed:
+            return None
+        return torch.bfloat16
+
+    def load_reference_weights(self, run_dir: Path) -> nn.Module:
         """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
+
+        Returns:
+            A model of its own; with adapters, the policy with its frozen adapter.
 
         Raises:
             ResumeError: the folder's digest isn't the recorded one.
@@ -156,13 +179,12 @@ class DPOLitModule(pl.LightningModule):
         index = self.record.reference
         folder = self.record.folders.get(index)
         path = self.model_name_or_path if folder is None else str(run_dir / folder)
+        if self.lora is not None:
+            frozen = frozen_adapter(self.policy, None if folder is None else run_dir / folder)
+            check_reference_digest(index, path, frozen.digest(), self.record.digests[index])
+            return frozen
         weights = self._load(path).to(self.device)
-        found, expected = weights_digest(weights), self.record.digests[index]
-        if found != expected:
-            raise ResumeError(
-                f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
-                "restore that folder or start a new run"
-            )
+        check_reference_digest(index, path, weights_digest(weights), self.record.digests[index])
         return weights
 
     # ---- the loss
@@ -205,76 +227,6 @@ class DPOLitModule(pl.LightningModule):
         m0, known = (None, None) if self.m0_logps is None else self.m0_logps.lookup(batch.pair_id)
         metrics.update(losses, policy, reference, batch.weights, self.beta, m0, known)
 
-    def on_train_start(self) -> None:
-        """Forget what an interrupted run may have left."""
-        CASTS.release()
-
-    def on_train_end(self) -> None:
-        """Training may end within an accumulation."""
-        CASTS.release()
-
-    # ---- optimisation
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """A fresh optimizer and schedule; called again at each stage boundary.
-
-        The schedule looks the stage up at each call: when Lightning first calls this, the plan isn't made yet.
-        """
-        optimizer = self.make_optimizer(self._trainable())
-        scheduler = LambdaLR(optimizer, self._learning_rate_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _trainable(self) -> Iterable[nn.Parameter]:
-        assert self.policy is not None
-        return [p for p in self.policy.parameters() if p.requires_grad]
-
-    def _learning_rate_factor(self, step: int) -> float:
-        # Before the first stage only step 0 is asked for, which doesn't depend on the stage's length.
-        num_steps = self.stage.num_steps if self.stage is not None else 10**6
-        return learning_rate_factor(self.schedule, step, num_steps, warmup_steps(num_steps, self.warmup_ratio))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradient before it is clipped, and stop a run before a non-finite step.
-
-        Raises:
-            FloatingPointError: the gradient isn't finite; no weight has changed.
-        """
-        CASTS.release()
-        grads = [p.grad for p in self._trainable() if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(grads).item()
-        self.learning_rate = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(self.grad_norm):
-            raise FloatingPointError(
-                f"gradient norm {self.grad_norm} before optimizer step {self.trainer.global_step + 1}; "
-                "no weight was changed. Lower the learning rate or look at the pairs of this step"
-            )
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm that was just measured; Lightning's own way refuses fused optimizers and measures again."""
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self._trainable(), gradient_clip_val)
-        else:
-            norm = torch.tensor(self.grad_norm, device=self.device)
-            nn.utils.clip_grads_with_norm_(self._trainable(), gradient_clip_val, norm)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: torch.optim.Optimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step, and free the gradients: at the height of the next forward pass they would stand idle."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad(set_to_none=True)
-
     # ---- held-out pairs
 
     def _held_out_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
@@ -310,19 +262,8 @@ class DPOLitModule(pl.LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of `pair_id`, `source`, policy and reference logps (nats, summed over tokens)."""
-        policy, reference = self.score(self.policy, batch), self.reference.logps(batch)
-        rows = zip(
-            batch.pair_id.tolist(),
-            batch.weights.tolist(),
-            *(t.tolist() for side in (policy, reference) for t in (side.chosen, side.rejected)),
-            strict=True,
-        )
-        keys = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
-        return [
-            {"pair_id": i, "source": self.trainer.datamodule.source_of(i), **dict(zip(keys, v, strict=True))}
-            for i, weight, *v in rows
-            if weight > 0
-        ]
+        source_of = self.trainer.datamodule.source_of
+        return prediction_rows(self.score(self.policy, batch), self.reference.logps(batch), batch, source_of)
 
     # ---- stage callbacks and state
 
@@ -333,13 +274,14 @@ class DPOLitModule(pl.LightningModule):
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)
-            _refuse_plain_checkpoints(self.trainer)
+            refuse_plain_checkpoints(self.trainer)
         return [make() for make in makers if not any(isinstance(c, make) for c in present)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
         checkpoint["random_states"] = collect_random_states()
+        into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stage record over, and refuse another S.
@@ -349,6 +291,7 @@ class DPOLitModule(pl.LightningModule):
         """
         if "stage_record" not in checkpoint:
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
+        check_checkpoint(checkpoint, self.policy, self.lora, self.quantization)
         record = StageRecord(**checkpoint["stage_record"])
         if self.record.digests and self.record.digests[0] != record.digests[0]:
             raise ResumeError(
@@ -357,15 +300,3 @@ class DPOLitModule(pl.LightningModule):
             )
         self.record = record
         self.random_states = checkpoint["random_states"]
-
-
-def _refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
-    for callback in trainer.checkpoint_callbacks:
-        plain = type(callback) is ModelCheckpoint
-        given = (callback.monitor, callback.dirpath, callback.filename, callback.save_last)
-        default = plain and not any(given) and callback.save_top_k == callback.every_n_epochs == 1
-        if plain and not default:
-            raise ConfigurationError(
-                "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "
-                "use sdpo_lightning.StageCheckpoint with the same arguments in `trainer.callbacks`"
-            )

@@ -221,6 +221,25 @@ def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
+def check_reference_digest(index: int, path: str, found: str, expected: str) -> None:
+    """Compare what was read for M_index with what the run recorded.
+
+    Args:
+        index: of the model.
+        path: where it was read.
+        found: its digest.
+        expected: the recorded digest.
+
+    Raises:
+        ResumeError: they differ.
+    """
+    if found != expected:
+        raise ResumeError(
+            f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
+            "restore that folder or start a new run"
+        )
+
+
 def cache_key(inputs: ReferenceInputs) -> str:
     """sha256 over all that cached logps depend on: weights, tokenised rows in order, schema."""
     text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}"

@@ -158,7 +158,7 @@ def whole_tensors(named: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
     for name, tensor in named:
         tensor = tensor.detach()
         if not isinstance(tensor, DTensor):
-            yield name, tensor.cpu()
+            yield name, tensor if tensor.is_meta else tensor.cpu()
             continue
         # Parked shards travel by way of the device.
         device = tensor.device_mesh.device_type

@@ -70,6 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        """Set by the Trainer."""
         mixed = isinstance(precision_plugin, MixedPrecision) and precision_plugin.precision == "bf16-mixed"
         self._precision_plugin = ShardedPrecision() if mixed else precision_plugin
 
@@ -130,12 +131,15 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`ckpt_path`: {path} is no distributed checkpoint; a run keeps its `trainer.strategy` when it goes on"
             )
         metadata = torch.load(path / _META, map_location="cpu", weights_only=True)
-        state = {"state_dict": get_model_state_dict(self.model)}
+        held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        # Frozen weights are not in it.
+        weights = {n: w for n, w in get_model_state_dict(self.model).items() if f"state_dict.{n}" in held}
+        state = {"state_dict": weights}
         dcp.load(state, checkpoint_id=path)
         strict = self.lightning_module.strict_loading
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=strict))
         self._restoring = path
-        return metadata | {"optimizer_states": []}
+        return metadata | state | {"optimizer_states": []}
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Read the optimizer's shards of the checkpoint that `load_checkpoint` has opened."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class SelfCheckError(RuntimeError):
     """The policy or the reference is not M_{t-1} at the first step of stage t. Exits with 1."""
 
 
+# Of frozen weights; see `quantization.py`.
+QuantizationName = Literal["nf4", "int8"]
 # (start, end, prefix_start, prefix_end) of each segment of a packed row; see `attention.py`.
 Segments = tuple[tuple[int, int, int, int], ...]
 

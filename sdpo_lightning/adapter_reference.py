@@ -1,0 +1,143 @@
+"""Rank 4: the reference of a policy with adapters: its own base with a second, frozen adapter, megabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from sdpo_lightning.adapters import (
+    REFERENCE,
+    LoraSettings,
+    adapter_state,
+    check_packages,
+    read_reference_adapter_,
+    reference_adapter_active,
+    snapshot_adapter_,
+)
+from sdpo_lightning.backbone import CausalBackbone, adapter_digest
+from sdpo_lightning.reference import CachedReference, ReferencePolicy, ResidentReference
+from sdpo_lightning.types import (
+    ConfigurationError,
+    PairLogps,
+    PreferenceBatch,
+    QuantizationName,
+    ReferenceInputs,
+    Stage,
+)
+
+
+class FrozenAdapter(nn.Module):
+    """A policy as it was at its last snapshot; runs as the policy does, and shares its weights.
+
+    Its only parameters are the frozen adapter's: freezing or moving this leaves the policy alone.
+
+    Args:
+        policy: with adapters, on its device and perhaps sharded.
+    """
+
+    def __init__(self, policy: CausalBackbone) -> None:
+        super().__init__()
+        # In a tuple, so that it isn't a submodule.
+        self._policy = (policy,)
+        self.weights = nn.ParameterList(
+            nn.Parameter(tensor, requires_grad=False) for tensor in adapter_state(policy.model, REFERENCE).values()
+        )
+
+    @contextmanager
+    def in_use(self) -> Iterator[CausalBackbone]:
+        """The policy, which is M_{t-1} in eval mode within this context."""
+        [policy] = self._policy
+        with reference_adapter_active(policy):
+            yield policy
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
+        with self.in_use() as policy:
+            return policy(batch)
+
+    def digest(self) -> str:
+        """Digest of base and frozen adapter, as `weights_digest` gives it for a policy."""
+        return adapter_digest(self._policy[0], REFERENCE)
+
+
+class AdapterReference(ReferencePolicy):
+    """A frozen snapshot of the adapter in the policy itself: no second model, one forward a pair an epoch."""
+
+    def __init__(self) -> None:
+        self._model: FrozenAdapter | None = None
+
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Copy the trained adapter into the frozen one."""
+        snapshot_adapter_(policy.model)
+        self._model = FrozenAdapter(policy)
+
+    def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
+        """Read M_{t-1}'s adapter from its folder into the frozen one."""
+        self._model = load_weights()
+
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        """One no-grad forward of the policy with the frozen adapter."""
+        assert self._model is not None, "the reference is asked before the stage began"
+        with self._model.in_use() as policy:
+            return self._compute_logps(policy, batch)
+
+    def digest(self) -> str | None:
+        """Digest of base and frozen adapter."""
+        assert self._model is not None
+        return self._model.digest()
+
+
+def frozen_adapter(policy: CausalBackbone, folder: Path | None) -> FrozenAdapter:
+    """M_{t-1} of a resumed run.
+
+    Args:
+        policy: with adapters.
+        folder: of M_{t-1}'s adapter; None for M_0, which the frozen adapter is until a stage ends.
+
+    Raises:
+        ResumeError: the folder is damaged.
+    """
+    if folder is not None:
+        read_reference_adapter_(policy.model, folder)
+    return FrozenAdapter(policy)
+
+
+def check_adapters(
+    lora: LoraSettings | None, quantization: QuantizationName | None, reference: ReferencePolicy
+) -> None:
+    """Refuse settings of `model.lora`, `model.quantization` and `model.reference` that don't go together.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    name = type(reference).__name__
+    if lora is not None:
+        lora.check()
+    if lora is None and quantization is not None:
+        raise ConfigurationError(
+            f"`model.quantization` is {quantization!r}, and quantised weights can't be trained; add adapters with "
+            "`model.lora.r`, or leave it out"
+        )
+    if lora is None and isinstance(reference, AdapterReference):
+        raise ConfigurationError(
+            f"`model.reference` is {name}, and there are no adapters; set `model.lora.r`, or leave it out"
+        )
+    if lora is not None and isinstance(reference, ResidentReference):
+        raise ConfigurationError(
+            f"`model.reference` is {name}, a second copy of frozen{' and quantised' if quantization else ''} weights "
+            "that the adapters share anyway; with `model.lora` leave it out (AdapterReference) or use CachedReference"
+        )
+    if quantization == "int8" and isinstance(reference, CachedReference):
+        raise ConfigurationError(
+            f"`model.reference` is {name} with `model.quantization: int8`, whose products round by what else is in the "
+            "batch: cached logps would be off by 1e-3; leave `model.reference` out (AdapterReference), or use nf4"
+        )
+    if lora is not None and lora.export_merged and quantization is not None:
+        raise ConfigurationError(
+            f"`model.lora.export_merged` with `model.quantization: {quantization}`: adapters added to rounded weights "
+            "and rounded again are another model; leave one of them out"
+        )
+    check_packages(lora, quantization)
