@@ -20,7 +20,15 @@ from runs import fit
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from sdpo_lightning import CachedReference, FSDP2Strategy, PreferenceSource, ResidentReference, StageCheckpoint
+from sdpo_lightning import (
+    AdapterReference,
+    CachedReference,
+    FSDP2Strategy,
+    LoraSettings,
+    PreferenceSource,
+    ResidentReference,
+    StageCheckpoint,
+)
 
 DATA = {"batch_size": 1, "order": "easy_to_hard", "val_fraction": 0.2}
 CLIPPED = {"gradient_clip_val": 0.5}
@@ -108,6 +116,36 @@ def experts(out, model, run):
     return {}
 
 
+def lora(out, model, run):
+    """Adapters are cut like any weight."""
+    reference = AdapterReference()
+    settings = {"lora": LoraSettings(r=4)}
+    fit(
+        run, model, sources(out), reference=reference, module_args=settings, trainer_args=_trainer(**CLIPPED), **DATA
+    )  # fmt: skip
+    return {"sharded": all(isinstance(p, DTensor) for p in reference._model.weights)}
+
+
+def lora_bf16(out, model, run):
+    """Frozen weights are stored in bf16, adapters in fp32."""
+    _, module = fit(
+        run, model, sources(out), reference=AdapterReference(), module_args={"lora": LoraSettings(r=4)},
+        trainer_args=_trainer(precision="bf16-mixed"), **DATA,
+    )  # fmt: skip
+    kinds = {(p.requires_grad, str(p.dtype)) for n, p in module.policy.named_parameters() if "proj" in n}
+    return {"kinds": sorted(kinds)}
+
+
+def lora_whole(out, model, run):
+    """The uninterrupted run with adapters."""
+    return _resumable(out, model, run, lora=LoraSettings(r=4))
+
+
+def lora_resumed(out, model, run):
+    """Goes on from the middle of stage 2 with adapters."""
+    return _resumable(out, model, run, "lora_whole", lora=LoraSettings(r=4))
+
+
 def bf16(out, model, run):
     """Compute in bf16, master weights in fp32."""
     seen = []
@@ -139,14 +177,17 @@ def hybrid(out, model, run):
     return reference.facts() | {"mesh": list(mesh.shape)}
 
 
-def _resumable(out, model, run, origin=None, **data):
+def _resumable(out, model, run, origin=None, lora=None, **data):
     seen = PairsSeen()
     callbacks = [seen, StageCheckpoint(every_n_train_steps=1, save_top_k=-1)]
     ckpt_path = None if origin is None else out / origin / "checkpoints" / "epoch=1-step=7.ckpt"
     if origin is not None and int(os.environ["RANK"]) == 0:
         # As the interrupted run had left it.
         shutil.copytree(out / origin / "stages" / "01-a", run / "stages" / "01-a")
-    fit(run, model, sources(out), ckpt_path, callbacks=callbacks, trainer_args=_trainer(), **(PLAIN | data))
+    fit(
+        run, model, sources(out), ckpt_path, reference=AdapterReference() if lora else None, callbacks=callbacks,
+        module_args={"lora": lora}, trainer_args=_trainer(), **(PLAIN | data),
+    )  # fmt: skip
     ids = [None] * dist.get_world_size()
     dist.all_gather_object(ids, seen.ids)
     return {"pairs": sorted(pair for share in ids for pair in share)}

@@ -10,17 +10,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from helpers import make_rows, write_jsonl
+from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import assert_same_weights, fit, losses, metrics, weights
+from safetensors.torch import load_file
 from sharded_script import CLIPPED, DATA, sources
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from sdpo_lightning import CachedReference, ResidentReference
+from sdpo_lightning import (
+    AdapterReference,
+    CachedReference,
+    DPOLitModule,
+    FSDP2Strategy,
+    LoraSettings,
+    PreferenceSource,
+    ResidentReference,
+)
+from sdpo_lightning.types import ConfigurationError
 
 TESTS = Path(__file__).resolve().parent
-TWO = "resident tied cached offloaded experts bf16 whole resumed".split()
+ADAPTER = "adapter_model.safetensors"
+TWO = "resident tied cached offloaded experts bf16 lora lora_bf16 lora_whole lora_resumed whole resumed".split()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +57,9 @@ def _tied_and_experts(model_dir: Path, tokenizer, folder: Path) -> None:
     config.tie_word_embeddings = True
     torch.manual_seed(11)
     LlamaForCausalLM(config).save_pretrained(f"{model}-tied")
-    experts = MixtralConfig(**(config.to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 2}))
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    sizes = {key: value for key, value in config.to_dict().items() if key in kept}
+    experts = MixtralConfig(**sizes, num_key_value_heads=4, num_local_experts=2, num_experts_per_tok=2)
     MixtralForCausalLM(experts).save_pretrained(f"{model}-experts")
     for kind in ("tied", "experts"):
         tokenizer.save_pretrained(f"{model}-{kind}")
@@ -172,3 +187,64 @@ def _assert_last_stage_close(ours: Path, theirs: Path) -> None:
 def test_resume_with_another_global_batch_is_refused_with_the_numbers(out):
     error = json.loads((out / "resumed_otherwise" / "facts.json").read_text())["error"]
     assert error.startswith("ResumeError") and "data.batch_size x processes: 2 -> 8" in error
+
+
+def test_sharded_adapters_equal_one_process(out, tmp_path):
+    assert _facts(out, "lora") == {"sharded": True}
+    fit(
+        tmp_path, out / "model", sources(out), reference=AdapterReference(), module_args={"lora": LoraSettings(r=4)},
+        trainer_args=CLIPPED, **(DATA | {"batch_size": 2}),
+    )  # fmt: skip
+    for folder in ("01-a", "02-b") if (tmp_path / "stages" / "01-a").exists() else ("01-b", "02-a"):
+        ours, theirs = (load_file(run / "stages" / folder / ADAPTER) for run in (out / "lora", tmp_path))
+        assert ours.keys() == theirs.keys() and len(ours) == 2 * 2 * 7
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+    assert losses(out / "lora") == pytest.approx(losses(tmp_path), abs=1e-4)
+
+
+def test_frozen_weights_are_stored_in_bf16_beside_fp32_adapters(out, tmp_path):
+    assert _facts(out, "lora_bf16")["kinds"] == [
+        [False, "torch.bfloat16"],
+        [False, "torch.float32"],
+        [True, "torch.float32"],
+    ]
+    first = {}
+    for row in metrics(out / "lora_bf16"):
+        first.setdefault(row["stage/index"], float(row["train/loss"]))
+    assert list(first.values()) == pytest.approx([math.log(2)] * 2, abs=1e-6)
+
+
+def test_sharded_adapters_resume_bit_for_bit(out):
+    _facts(out, "lora_whole"), _facts(out, "lora_resumed")
+    ours, theirs = (load_file(out / run / "stages" / "02-b" / ADAPTER) for run in ("lora_resumed", "lora_whole"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert losses(out / "lora_resumed") == losses(out / "lora_whole")[-3:]
+
+
+class ReadsNoWeights(DPOLitModule):
+    """The refusals come before."""
+
+    def load_weights(self, model_name_or_path):
+        raise AssertionError("weights were loaded")
+
+
+@pytest.mark.parametrize(
+    "strategy, module, message",
+    [
+        (lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1), {}, "use `fsdp2`"),
+        (FSDP2Strategy, {"optimizer": bitsandbytes.optim.AdamW8bit}, "AdamW8bit.*`trainer.strategy: ddp`"),
+        (FSDP2Strategy, {"quantization": "nf4", "lora": LoraSettings()}, "`model.quantization: nf4` with FSDP2"),
+        (FSDP2Strategy, {"lora": LoraSettings(export_merged=True)}, "`model.lora.export_merged` with FSDP2Strategy"),
+        (lambda: FSDP2Strategy(replicas=2), {}, "1 ranks don't divide into 2 replicas"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_before_weights_load(tmp_path, tiny_model_dir, strategy, module, message):
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows(9, 0, "a"))
+    given = module | ({"reference": AdapterReference()} if "lora" in module else {})
+    reference = given.pop("reference", None)
+    with pytest.raises(ConfigurationError, match=message):
+        fit(
+            tmp_path / "run", tiny_model_dir, [PreferenceSource("a", str(path))], reference=reference,
+            module_class=ReadsNoWeights, module_args=given, trainer_args={"strategy": strategy(), "devices": 1},
+        )  # fmt: skip
