@@ -17,7 +17,7 @@ from sdpo_lightning.files import new_folder
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import is_sharded, whole_tensors
 
-_LEAST_FILE, _MOST_FILE = 2**26, 2**32
+_LEAST_FILE, _MOST_FILE = 2**24, 2**32
 
 
 def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,8 +92,8 @@ def _write_configs(backbone: CausalBackbone, staging: Path) -> None:
 
 
 def _files(sizes: list[tuple[str, int]]) -> list[list[str]]:
-    """Names a file: a tenth of the weights, within sensible bounds."""
-    most = min(max(sum(size for _, size in sizes) // 10, _LEAST_FILE), _MOST_FILE)
+    """Names a file: a twentieth of the weights within bounds; safetensors holds a file's bytes a second time."""
+    most = min(max(sum(size for _, size in sizes) // 20, _LEAST_FILE), _MOST_FILE)
     files: list[list[str]] = [[]]
     held = 0
     for name, size in sizes:

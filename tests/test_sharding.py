@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import assert_same_weights, fit, losses, metrics, weights
 from safetensors.torch import load_file
 from sharded_script import CLIPPED, DATA, sources
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sdpo_lightning import (
     AdapterReference,
@@ -66,9 +66,13 @@ def _tied_and_experts(model_dir: Path, tokenizer, folder: Path) -> None:
 
 
 def _torchrun(folder: Path, ranks: int, scenarios: list[str]) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words += [str(TESTS / "sharded_script.py"), str(folder), str(folder / "model"), *scenarios]
+    _start(folder, ranks, [str(TESTS / "sharded_script.py"), str(folder), str(folder / "model"), *scenarios])
+
+
+def _start(folder: Path, ranks: int, script: list[str], **variables: str) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *script]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
+    environment |= variables
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -248,3 +252,26 @@ def test_what_shards_cannot_do_is_refused_before_weights_load(tmp_path, tiny_mod
             tmp_path / "run", tiny_model_dir, [PreferenceSource("a", str(path))], reference=reference,
             module_class=ReadsNoWeights, module_args=given, trainer_args={"strategy": strategy(), "devices": 1},
         )  # fmt: skip
+
+
+def test_a_node_holds_little_more_than_one_copy_while_a_model_is_read_and_exported(tmp_path, tiny_tokenizer):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2000, hidden_size=512, intermediate_size=1408, num_hidden_layers=32, num_attention_heads=8
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    # Weights of real models are large enough for the allocator to give their memory back; these need to be told.
+    _start(tmp_path, 2, [str(TESTS / "memory_script.py"), str(tmp_path), str(tmp_path / "model")],
+           MALLOC_MMAP_THRESHOLD_="65536")  # fmt: skip
+    facts = json.loads((tmp_path / "memory.json").read_text())
+    # 32 layers of 4 * 512^2 + 3 * 512 * 1408 + 2 * 512, two ends of 2000 * 512, a norm of 512: 104.8M weights.
+    assert facts["copy"] == 4 * (32 * (4 * 512**2 + 3 * 512 * 1408 + 2 * 512) + 2 * 2000 * 512 + 512)
+    # Anonymous memory of both ranks, with the shards, which on a GPU would lie there; above it, one copy stays.
+    assert 1.0 <= facts["loading"][0] / facts["copy"] <= 1.2
+    assert facts["exporting"][0] / facts["copy"] <= 0.2
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 10
+    assert all(torch.equal(tensor, read[name]) for name, tensor in model.state_dict().items())
