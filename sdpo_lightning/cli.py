@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
@@ -164,16 +165,25 @@ class CurriculumCLI(LightningCLI):
         return LightningCLI.subcommands() | {"rank": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
-        """Ask for a run directory.
+        """Ask for a run directory, and compute in bf16 where a GPU can.
 
         Raises:
-            ConfigurationError: none is given.
+            ConfigurationError: no run directory is given.
         """
-        if self.config[self.subcommand].trainer.default_root_dir is None:
+        trainer = self.config[self.subcommand].trainer
+        if trainer.precision is None and _has_bf16_gpu(trainer.accelerator):
+            # fp32 master weights stay: see `trainer.precision` in the README.
+            trainer.precision = "bf16-mixed"
+        if trainer.default_root_dir is None:
             raise ConfigurationError("`trainer.default_root_dir` is missing: the folder for all that the run leaves")
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint is not None and not Path(checkpoint).exists():
             raise ConfigurationError(f"`ckpt_path`: there is no {checkpoint!r}")
+
+
+def _has_bf16_gpu(accelerator: Any) -> bool:
+    wanted = accelerator in ("auto", "gpu", "cuda")
+    return wanted and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def main(
