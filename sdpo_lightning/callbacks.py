@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checks import check_run_dir, check_strategy, check_trainer
+from sdpo_lightning.checks import check_disks, check_run_dir, check_strategy, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
@@ -59,6 +59,7 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
+        check_disks(trainer)
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,6 +15,8 @@ from torch import nn
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.strategy import FSDP2Strategy
 from sdpo_lightning.types import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 _PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -79,6 +83,38 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"`model.optimizer` is bitsandbytes' {type(probe).__name__}, whose kernels mix shards with plain tensors; "
             f"use torch.optim.AdamW with {name}, or `trainer.strategy: ddp` or one device with this one"
         )
+
+
+def check_disks(trainer: pl.Trainer) -> None:
+    """On several nodes: find out whether they share the run directory. A collective.
+
+    Raises:
+        ConfigurationError: they don't, and a checkpoint would lie in pieces on several disks.
+    """
+    if trainer.num_nodes == 1:
+        return
+    token = Path(trainer.default_root_dir) / f".shared-{from_first_rank(lambda: uuid.uuid4().hex)}"
+    from_first_rank(lambda: _touch(token))
+    shared = trainer.strategy.reduce_boolean_decision(token.exists(), all=True)
+    from_first_rank(token.unlink)
+    if shared:
+        return
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        raise ConfigurationError(
+            f"`trainer.default_root_dir` is {trainer.default_root_dir!r}, which the {trainer.num_nodes} nodes don't "
+            "share: each would keep its own part of a checkpoint. Use a shared file system, or `trainer.strategy: ddp`"
+        )
+    log.warning(
+        "%s isn't shared by the %d nodes: models, tables and checkpoints stay on the first; to go on with this run, "
+        "copy its checkpoint to the same place on every node",
+        trainer.default_root_dir,
+        trainer.num_nodes,
+    )
+
+
+def _touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
 
 
 def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,0 +1,99 @@
+"""Two nodes of one gloo rank each, with a disk each or a shared one: what one process gives, or a refusal up front."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_rows, write_jsonl
+from runs import fit, losses, weights
+
+from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference
+
+TESTS = Path(__file__).resolve().parent
+REFERENCES = {"ResidentReference": ResidentReference, "CachedReference": CachedReference}
+
+
+@pytest.fixture
+def nodes(tmp_path, tiny_model_dir) -> list[Path]:
+    """Two folders that stand for two machines' disks, each with the model and the data."""
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copytree(tiny_model_dir, folder / "model")
+        for seed, name in enumerate("ab"):
+            write_jsonl(folder / f"{name}.jsonl", make_rows(9, seed, name))
+    return folders
+
+
+def _start(nodes: list[Path], run: str, strategy: str, reference: str, *checkpoint: str) -> list[tuple[int, str]]:
+    """Exit code and errors of both nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank, folder in enumerate(nodes):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
+        words += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        words += [str(TESTS / "node_script.py"), run, strategy, reference, *checkpoint]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(words, cwd=folder, env=environment, **pipes))
+    ended = []
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        ended.append((process.returncode, errors))
+    return ended
+
+
+def _one(tmp_path: Path, nodes: list[Path], reference: str) -> Path:
+    sources = [PreferenceSource(name, str(nodes[0] / f"{name}.jsonl")) for name in "ab"]
+    data = {"batch_size": 2, "order": "easy_to_hard", "val_fraction": 0.2}
+    fit(tmp_path / "one", nodes[0] / "model", sources, reference=REFERENCES[reference](), **data)
+    return tmp_path / "one"
+
+
+def _assert_equal(run: Path, one: Path) -> None:
+    folders = sorted(path.name for path in (one / "stages").iterdir())
+    assert len(folders) == 2 and folders == sorted(path.name for path in (run / "stages").iterdir())
+    for folder in folders:
+        ours, theirs = weights(run / "stages" / folder), weights(one / "stages" / folder)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
+    assert losses(run) == pytest.approx(losses(one), abs=1e-4)
+
+
+@pytest.mark.parametrize("reference", list(REFERENCES))
+def test_ddp_on_two_disks_equals_one_process_and_goes_on(tmp_path, nodes, reference):
+    for code, errors in _start(nodes, "run", "ddp", reference):
+        assert code == 0, errors[-2000:]
+        assert "isn't shared by the 2 nodes" in errors
+    first = nodes[0] / "run"
+    _assert_equal(first, _one(tmp_path, nodes, reference))
+    assert (first / "references" / "m0.safetensors").exists() and list((first / "checkpoints").iterdir())
+    # Nothing that the first has is needed on the second, and none of it is there.
+    assert not (nodes[1] / "run" / "stages").exists() and not (nodes[1] / "run" / "references").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_shared_disk_is_found(tmp_path, nodes, strategy):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for folder in nodes:
+        (folder / "run").symlink_to(shared)
+    for code, errors in _start(nodes, "run", strategy, "ResidentReference"):
+        assert code == 0, errors[-2000:]
+        assert "isn't shared" not in errors
+    _assert_equal(shared, _one(tmp_path, nodes, "ResidentReference"))
+    assert not list(shared.glob(".shared-*"))
+
+
+def test_shards_on_two_disks_are_refused_up_front(nodes):
+    for code, errors in _start(nodes, "run", "fsdp2", "ResidentReference"):
+        assert code == 1
+        assert "which the 2 nodes don't share" in errors and "`trainer.strategy: ddp`" in errors
+    assert not (nodes[0] / "run" / "checkpoints").exists()
