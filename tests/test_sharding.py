@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sharded_script import CLIPPED, DATA, sources
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from benchmarks import communication
 from sdpo_lightning import (
     AdapterReference,
     CachedReference,
@@ -275,3 +276,15 @@ def test_a_node_holds_little_more_than_one_copy_while_a_model_is_read_and_export
     read = LlamaForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
     assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 10
     assert all(torch.equal(tensor, read[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_moved_are_those_of_the_formula(ranks):
+    for dtype, phases in communication.measure(ranks).items():
+        weights_of_all = communication.LAYERS * (4 * 64**2 + 3 * 64 * 128 + 2 * 64) + 2 * 256 * 64 + 64
+        width = {"fp32": 4, "bf16": 2}[dtype]
+        assert phases["stage swap"] == phases["reference, first cut"] == {}
+        assert phases["reference, forward"] == {"all_gather": width * weights_of_all}
+        step = {"all_gather": 2 * width * weights_of_all, "reduce_scatter": 4 * weights_of_all}
+        assert phases["policy, step"] == phases["policy, step with checkpointing"] == step
+        assert phases == communication.expected(width)
