@@ -1,0 +1,342 @@
+"""Rank 3: the memory and the disk that a run will take, by arithmetic from sizes and settings. Bytes throughout.
+
+A peak is the largest of several moments: what exists then is summed. All that is said of a GPU is unmeasured; on a CPU
+`benchmarks/estimate.py` compares with measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sdpo_lightning.data.batching import longer_side
+from sdpo_lightning.data.collate import PaddedCollator, PreferenceCollator, SharedPrefixCollator
+from sdpo_lightning.shapes import ModelShape
+from sdpo_lightning.tiles import MAX_KEYS
+
+GIB = 2**30
+# Measured as the peak above the imports of a `fit` of a model of 0.1 MB: Lightning, tokenizer, rows, compiled kernels.
+CPU_OVERHEAD = 70 * 2**20
+# Not measured: context, cuBLAS workspaces, NCCL buffers.
+CUDA_OVERHEAD = 3 * GIB // 2
+# Bytes a weight. nf4: half a byte, an 8-bit scale for each 64 and a second one for each 256 of those (arXiv
+# 2305.14314); int8: one, and an fp32 scale a row, which is left out.
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+# Rows of the head that a CPU takes at once, as in `logprobs.py`; queries of a tile, as in `tiles.py`.
+_CPU_ROWS, _TILE = 64, 64
+
+ReferenceKind = Literal["resident", "cached", "adapter"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters.
+
+    Attributes:
+        r: their rank.
+        targets: names of linear layers; empty is all within the decoder layers.
+        dora: with a magnitude for each output.
+    """
+
+    r: int
+    targets: tuple[str, ...] = ()
+    dora: bool = False
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Trainable weights that they add."""
+        chosen = [linear for linear in shape.linears if not self.targets or linear.name in self.targets]
+        return sum(n.count * (self.r * (n.inputs + n.outputs) + self.dora * n.outputs) for n in chosen)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps.
+
+    Attributes:
+        name: as people call it.
+        state: bytes a trainable weight.
+        temporary: bytes a trainable weight that exist during a step only.
+        on_host: the states are paged into the memory of the CPU.
+    """
+
+    name: str = "AdamW"
+    state: float = 8.0
+    temporary: float = 0.0
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch of one rank makes the model do.
+
+    Attributes:
+        tokens: of all rows, padding included.
+        targets: completion tokens, N.
+        scores: attention scores a head whose probabilities are kept on a CPU.
+        mask: elements of the attention mask, which each layer keeps as numbers; 0 without a mask.
+    """
+
+    tokens: int
+    targets: int
+    scores: int = 0
+    mask: int = 0
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """What a stage asks of a rank.
+
+    Attributes:
+        name: of the stage.
+        pairs: of its chunk; None if unknown.
+        load: of its largest micro-batch in training.
+        longest: of the largest micro-batch in passes without gradients.
+    """
+
+    name: str
+    pairs: int | None
+    load: Load
+    longest: Load
+
+
+def load_of(lengths: np.ndarray, collator: PreferenceCollator) -> Load:
+    """The load of a micro-batch.
+
+    Args:
+        lengths: `[3, B]` int64, tokens of prompt, chosen and rejected.
+        collator: the layout.
+    """
+    prompt, chosen, rejected = lengths
+    targets = int((chosen + rejected).sum())
+    if isinstance(collator, PaddedCollator):
+        rows, longest = 2 * lengths.shape[1], collator.row_length(int(longer_side(lengths).max()))
+        return Load(rows * longest, targets, mask=rows * longest**2)
+    scores = _causal(prompt + chosen) + _causal(rejected)
+    scores += rejected * prompt if isinstance(collator, SharedPrefixCollator) else _causal(prompt + rejected)
+    short = longer_side(lengths).max() <= MAX_KEYS
+    tokens = collator.row_length(int(collator.pair_tokens(lengths).sum()))
+    return Load(tokens, targets, scores=int(scores.sum()) if short else 0)
+
+
+def _causal(length: np.ndarray) -> np.ndarray:
+    return length * (length + _TILE) // 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run that decide what it takes.
+
+    Attributes:
+        shape: of the model, in the run's precision.
+        ranks: processes over all nodes.
+        ranks_a_node: processes of one node.
+        shards: ranks that weights, gradients and optimizer states are divided over; 1 is full copies.
+        cuda: on GPUs, else on the CPU.
+        bf16: bf16-mixed, else fp32.
+        reference: second model, logps, or snapshot of the adapter.
+        optimizer: what it keeps.
+        recompute: layers recomputed: 0 none, 1 all, n every n-th.
+        offload: inputs of recomputed layers wait in the memory of the CPU.
+        logits_budget_mb: most MiB of logits that are kept.
+        accumulate: micro-batches a step.
+        lora: adapters; None trains all weights.
+        quantization: of the frozen linear layers.
+        checkpoints: files kept at the same time, the one in writing included.
+        stages: exports M_1 ... M_T.
+        pairs: rows of all reference tables; None if unknown.
+    """
+
+    shape: ModelShape
+    ranks: int = 1
+    ranks_a_node: int = 1
+    shards: int = 1
+    cuda: bool = False
+    bf16: bool = False
+    reference: ReferenceKind = "resident"
+    optimizer: Optimizer = Optimizer()
+    recompute: int = 0
+    offload: bool = False
+    logits_budget_mb: float = 256.0
+    accumulate: int = 1
+    lora: Lora | None = None
+    quantization: Literal["nf4", "int8"] | None = None
+    checkpoints: int = 2
+    stages: int = 1
+    pairs: int | None = None
+
+    @property
+    def trainable(self) -> int:
+        """Trainable weights."""
+        return self.shape.parameters if self.lora is None else self.lora.parameters(self.shape)
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def base(self) -> float:
+        """Bytes of the model's own weights, unsharded."""
+        quantized = self.shape.linear_parameters if self.quantization else 0
+        small = quantized * QUANTIZED_BYTES[self.quantization] if self.quantization else 0.0
+        return small + 4 * (self.shape.parameters - quantized)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights of the policy, unsharded."""
+        return self.base + (4 * self.trainable if self.lora else 0)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What exists on one rank at one moment.
+
+    Attributes:
+        name: of the moment.
+        rows: bytes by what they are for.
+    """
+
+    name: str
+    rows: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.rows.values())
+
+
+def peak(run: Run, stage: StageLoad) -> Moment:
+    """The moment of a stage at which a rank takes most.
+
+    Args:
+        run: settings.
+        stage: what it asks of a rank.
+    """
+    return max(moments(run, stage), key=lambda moment: moment.total)
+
+
+def moments(run: Run, stage: StageLoad) -> list[Moment]:
+    """The moments of a step that may be the peak, and of the reference pass.
+
+    Args:
+        run: settings.
+        stage: what it asks of a rank.
+    """
+    load, longest = stage.load, stage.longest
+    shape, trainable = run.shape, run.trainable
+    gradients = 4 * trainable / run.shards
+    # DDP copies the gradients into buckets of its own, which stay.
+    buckets = 4.0 * trainable if run.ranks > 1 and run.shards == 1 else 0.0
+    before = gradients if run.accumulate > 1 else 0.0
+    head_gradient = 0.0 if run.lora else 4 * shape.head_parameters / run.shards
+    keeps = _kept_layers(run, load)
+    rest = load.tokens * shape.kept_rest
+    layer, working = _layer(run, load), _working(run, load)
+    forward, backward = _head(run, load)
+    # Added up with the gradient that is there already, of an earlier micro-batch or of the other use of a tied weight.
+    twice = head_gradient if run.accumulate > 1 or shape.tied else 0.0
+    resting = _resting(run) | {"casts or gathered layers": _copies(run)}
+    rows = [
+        ("end of the forward pass", before, keeps + rest, forward),
+        ("backward of the head", before, keeps + rest, backward + head_gradient),
+        ("backward of the last layer", max(before, head_gradient), keeps + rest + working, 0.0),
+        ("end of the backward pass", gradients + twice, rest + (0 if run.recompute else layer) + working, 0.0),
+    ]
+    found = [
+        Moment(name, resting | {"gradients": grads + buckets, "activations": kept, "logits and head": head})
+        for name, grads, kept, head in rows
+    ]
+    step = gradients + buckets + run.optimizer.temporary * trainable / run.shards
+    found.append(Moment("optimizer step", _resting(run) | {"gradients": step}))
+    passing = {"activations": longest.tokens * (shape.kept_layer + shape.kept_rest), "gradients": buckets}
+    found.append(Moment("reference pass", resting | passing | {"logits and head": _head(run, longest, False)[0]}))
+    if not run.cuda:
+        # The heap keeps what was freed in blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): all but the logits.
+        saving = {"activations": keeps + rest, "checkpoint in memory": checkpoint_bytes(run) if run.checkpoints else 0}
+        found.append(Moment("saving of a checkpoint", _resting(run) | saving | {"gradients": buckets}))
+        found.append(Moment("loading", {"weights": 2 * run.weights, "overhead": float(CPU_OVERHEAD)}))
+    return found
+
+
+def checkpoint_bytes(run: Run) -> float:
+    """Size of a checkpoint: trained weights and optimizer states. Lightning makes it in memory, then writes it."""
+    return (4.0 + run.optimizer.state) * run.trainable
+
+
+def export_bytes(run: Run) -> float:
+    """Size of one M_t."""
+    return 4.0 * run.trainable
+
+
+def offloaded_bytes(run: Run, load: Load) -> float:
+    """Inputs of recomputed layers that wait in the memory of the CPU, of one rank."""
+    return _inputs(run, load) * run.shape.layers if run.offload else 0.0
+
+
+def _resting(run: Run) -> dict[str, float]:
+    """Bytes a rank between two steps."""
+    states = 0.0 if run.optimizer.on_host and run.cuda else run.optimizer.state * run.trainable / run.shards
+    reference = {"resident": run.base, "cached": 0.0, "adapter": 4.0 * run.trainable}[run.reference]
+    return {
+        "weights": run.weights / run.shards,
+        "reference": reference / run.shards,
+        "optimizer": states,
+        "overhead": float(CUDA_OVERHEAD if run.cuda else CPU_OVERHEAD),
+    }
+
+
+def _copies(run: Run) -> float:
+    """Bytes of copies of weights in the numbers that are computed with."""
+    shape = run.shape
+    if run.shards == 1:
+        cast = shape.head_parameters + (0 if run.quantization else shape.linear_parameters)
+        return 2.0 * (cast + (run.trainable if run.lora else 0)) if run.bf16 else 0.0
+    # Two layers in flight and the root, gathered; a layer's gradient and the root's before they are scattered.
+    root = shape.parameters - shape.layers * shape.layer_parameters
+    small = run.base / (4 * shape.parameters) * 4 if run.quantization else run.number
+    gathered = 2 * shape.layer_parameters * small + root * run.number
+    scattered = 0 if run.lora else (shape.layer_parameters + root) * (run.number + 4)
+    return float(gathered + scattered)
+
+
+def _layer(run: Run, load: Load) -> float:
+    """Bytes that one layer keeps for the backward pass."""
+    probabilities = 0 if run.cuda else run.shape.heads * load.scores
+    return load.tokens * run.shape.kept_layer + (probabilities + load.mask) * run.number
+
+
+def _kept_layers(run: Run, load: Load) -> float:
+    """Bytes that all layers keep on the device: recomputed ones their input only."""
+    layers = run.shape.layers
+    recomputed = -(-layers // run.recompute) if run.recompute else 0
+    inputs = 0 if run.offload and run.cuda else _inputs(run, load) * recomputed
+    return inputs + (layers - recomputed) * _layer(run, load)
+
+
+def _inputs(run: Run, load: Load) -> float:
+    # The residual stream is fp32 under autocast too.
+    return 4.0 * load.tokens * run.shape.hidden
+
+
+def _working(run: Run, load: Load) -> float:
+    """Bytes of a layer's backward pass: what is recomputed, gradients of its widest activations and of its input."""
+    gradients = load.tokens * (2 * run.shape.widest * run.number + 2 * run.shape.hidden * 4)
+    return gradients + (_layer(run, load) if run.recompute else 0)
+
+
+def _head(run: Run, load: Load, trains: bool = True) -> tuple[float, float]:
+    """Bytes of logits and head at the end of the forward pass and at the height of its backward pass."""
+    shape, budget = run.shape, run.logits_budget_mb * 2**20
+    logits = load.targets * shape.vocab * run.number
+    rows = max(1, min(load.targets, int(budget / (4 * shape.vocab))))
+    rows = rows if run.cuda else min(rows, _CPU_ROWS)
+    # A block in fp32, and in bf16 the product that it is made of.
+    block = rows * shape.vocab * (4 + (2 if run.bf16 else 0))
+    selected = load.targets * shape.hidden * run.number
+    kept = logits if trains and logits <= budget else 0
+    chunk = 0 if kept else min(logits, budget) + block
+    # In pieces it is summed in fp32, beside the piece; in bf16 it is turned into fp32 afterwards.
+    product = 0 if run.lora else shape.head_parameters * (run.number if not kept or run.bf16 else 0)
+    return float(selected + kept + block), float(2 * selected + kept + chunk + product)
