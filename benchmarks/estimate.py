@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,18 +129,37 @@ def child(config: Path) -> None:
     print(f"RESULT {peak / 1024}")
 
 
-def measure(config: Path, cpu: int | None = 0) -> float:
-    """Peak of a run above the imports, in MiB, in a process pinned to one core."""
+def measure(config: Path, cpu: int | None = 0, returns: bool = False) -> float:
+    """Peak of a run above the imports, in MiB, in a process pinned to one core.
+
+    Args:
+        config: of the run.
+        cpu: the core; None pins to none.
+        returns: have the allocator give every freed block from 1 MiB on back at once, so that only what exists counts.
+    """
     words = [sys.executable, "-m", "benchmarks.estimate", "--child", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # One heap: several keep freed memory each, as many as threads happen to run.
     environment |= {"MALLOC_ARENA_MAX": "1"}
+    if returns:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     pinned = [] if cpu is None else ["taskset", "-c", str(cpu)]
     done = subprocess.run([*pinned, *words], capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise RuntimeError(f"{config} failed:\n{done.stderr[-2000:]}")
     return float(lines[-1].split()[1])
+
+
+def estimated(config: Path) -> tuple[float, float]:
+    """Peak of the largest stage by the arithmetic, in MiB: as a process takes it, and of what exists alone."""
+    from sdpo_lightning.cli import EstimateCLI
+    from sdpo_lightning.estimate import HELD, moments
+
+    cli = EstimateCLI(args=["--config", str(config)], run=False)
+    found = [moment for stage in cli.loads for moment in moments(cli.sizes, stage)]
+    live = max(moment.total - moment.rows.get(HELD, 0.0) for moment in found)
+    return max(moment.total for moment in found) / 2**20, live / 2**20
 
 
 def main() -> None:

@@ -187,7 +187,7 @@ class EstimateCLI(CurriculumCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What `estimate` alone takes, and what a config for `fit` may hold without a meaning here."""
-        parser.add_argument("--device_memory_gb", type=float | None, help="of a card, in 10^9 bytes; default: this one's")
+        parser.add_argument("--device_memory_gb", type=float | None, help="of a card, 10^9 bytes; default: this one's")
         parser.add_argument("--model_config", type=str | None, help="config.json of the model, instead of the model's")
         parser.add_argument("--ckpt_path", type=str | None)
         parser.add_argument("--weights_only", type=bool | None)
@@ -200,14 +200,18 @@ class EstimateCLI(CurriculumCLI):
         """No run directory is needed."""
 
     def instantiate_classes(self) -> None:
-        """Print the estimate."""
+        """Only sizes are read."""
         config = self.config.as_dict()
-        memory = None if config["device_memory_gb"] is None else config["device_memory_gb"] * 1e9
-        run = read_run(config, config["model_config"])
-        if memory is None and run.cuda and torch.cuda.is_available():
-            memory = torch.cuda.get_device_properties(0).total_memory
-        loads, source = read_loads(config, run)
-        print(report(run, loads, source, memory))
+        self.sizes = read_run(config, config["model_config"])
+        self.loads, self.source = read_loads(config, self.sizes)
+
+    def text(self) -> str:
+        """The estimate, and whether it fits a card where one is given or there."""
+        memory = self.config["device_memory_gb"]
+        card = None if memory is None else memory * 1e9
+        if card is None and self.sizes.cuda and torch.cuda.is_available():
+            card = float(torch.cuda.get_device_properties(0).total_memory)
+        return report(self.sizes, self.loads, self.source, card)
 
 
 def main(
@@ -237,7 +241,7 @@ def main(
 
             run_demo(words[1:])
         elif words[:1] == ["estimate"]:
-            EstimateCLI(model_class, datamodule_class, words[1:], run=False)
+            print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
             CurriculumCLI(model_class, datamodule_class, args)
     except (ConfigurationError, MisconfigurationException) as error:

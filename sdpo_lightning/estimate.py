@@ -17,8 +17,11 @@ from sdpo_lightning.shapes import ModelShape
 from sdpo_lightning.tiles import MAX_KEYS
 
 GIB = 2**30
-# Measured as the peak above the imports of a `fit` of a model of 0.1 MB: Lightning, tokenizer, rows, compiled kernels.
-CPU_OVERHEAD = 70 * 2**20
+# Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
+CPU_OVERHEAD = 64 * 2**20
+# glibc gives such blocks back to the system when they are freed; smaller ones stay in the heap (mallopt(3)).
+_RETURNED = 32 * 2**20
+HELD = "freed, not returned"
 # Not measured: context, cuBLAS workspaces, NCCL buffers.
 CUDA_OVERHEAD = 3 * GIB // 2
 # Bytes a weight. nf4: half a byte, an 8-bit scale for each 64 and a second one for each 256 of those (arXiv
@@ -253,11 +256,21 @@ def moments(run: Run, stage: StageLoad) -> list[Moment]:
     passing = {"activations": longest.tokens * (shape.kept_layer + shape.kept_rest), "gradients": buckets}
     found.append(Moment("reference pass", resting | passing | {"logits and head": _head(run, longest, False)[0]}))
     if not run.cuda:
-        # The heap keeps what was freed in blocks below 32 MiB (mallopt(3), M_MMAP_THRESHOLD): all but the logits.
-        saving = {"activations": keeps + rest, "checkpoint in memory": checkpoint_bytes(run) if run.checkpoints else 0}
+        held = max(_held(run, load, *row[1:], twice) for row in rows)
+        saving = {HELD: held, "checkpoint in memory": checkpoint_bytes(run) if run.checkpoints else 0}
         found.append(Moment("saving of a checkpoint", _resting(run) | saving | {"gradients": buckets}))
         found.append(Moment("loading", {"weights": 2 * run.weights, "overhead": float(CPU_OVERHEAD)}))
     return found
+
+
+def _held(run: Run, load: Load, gradients: float, kept: float, head: float, twice: float) -> float:
+    """Bytes of a moment that the heap of a CPU process keeps when they are freed: those in small blocks."""
+    head_weight = 4 * run.shape.head_parameters
+    if head_weight >= _RETURNED:
+        gradients = max(0.0, gradients - max(head_weight, twice))
+    if max(head_weight, min(load.targets * run.shape.vocab * run.number, run.logits_budget_mb * 2**20)) >= _RETURNED:
+        head = 0.0
+    return gradients + head + (kept if load.tokens * run.shape.widest * run.number < _RETURNED else 0.0)
 
 
 def checkpoint_bytes(run: Run) -> float:

@@ -1,4 +1,4 @@
-"""Rank 6: a parsed config -> what the arithmetic of `estimate.py` needs. No weights are read, and data only if it's there.
+"""Rank 6: a parsed config -> what the arithmetic of `estimate.py` needs. No weights are read, data only if it's there.
 
 The config is read as plain keys, since classes that ask for GPUs can't be made where there are none.
 """

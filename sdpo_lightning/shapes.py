@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 _TRACE = "size_trace"
 _TRACE_TOKENS = (64, 128)
@@ -89,12 +90,11 @@ def model_shape(config: PretrainedConfig, bf16: bool) -> ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] or [model]
-    found = Counter(
-        (name.rsplit(".", 1)[-1], module.in_features, module.out_features)
-        for layer in layers
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+    found: Counter[tuple[str, int, int]] = Counter()
+    for name, module in (pair for layer in layers for pair in layer.named_modules()):
+        if isinstance(module, nn.Linear | Conv1D):
+            sizes = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+            found[name.rsplit(".", 1)[-1], *sizes] += 1
     text, head = config.get_text_config(), model.get_output_embeddings()
     kept_layer, kept_rest = _kept(config, bf16)
     return ModelShape(
