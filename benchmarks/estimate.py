@@ -2,7 +2,8 @@
 
 Each setting is a config that `sdpo-lightning fit` trains in a process of its own (random weights, two stages, their
 checkpoints and exports included). Measured is the peak of resident memory above what the imports take; estimated is
-what `sdpo-lightning estimate` says for the same config.
+what `sdpo-lightning estimate` says for the same config. One run a setting has an
+allocator that gives every freed block back, so that only what exists counts; it is slow.
 
 | setting | what it is |
 |---|---|
@@ -17,10 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import platform
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +128,16 @@ def child(config: Path) -> None:
     from sdpo_lightning.cli import main as command
 
     torch.set_num_threads(1)
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imported = _highest()
     command(["fit", "--config", str(config)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported
-    print(f"RESULT {peak / 1024}")
+    print(f"RESULT {_highest() - imported}")
+
+
+def _highest() -> float:
+    """Most resident memory of this program so far, in MiB."""
+    # Not `ru_maxrss`: a process inherits its parent's there, and the parent has held a model.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def measure(config: Path, cpu: int | None = 0, returns: bool = False) -> float:
@@ -168,11 +179,44 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--cpu", type=int, default=0, help="core that the runs are pinned to")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(Path(options.child))
         return
+    rows = {name: compare(name, options) for name in options.settings}
+    result = {
+        "settings": rows,
+        "method": "MiB, VmHWM of a whole `fit` above that of the imports, a process a run, one core, "
+        "MALLOC_ARENA_MAX=1; `returns`: MALLOC_MMAP_THRESHOLD_=1 MiB, so that only what exists counts",
+        "pairs": options.pairs,
+        "rounds": options.rounds,
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers", "safetensors")},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(text + "\n")
+
+
+def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Estimated and measured peaks of one setting, in MiB."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = write_setting(name, Path(scratch), options.pairs)
+        whole, live = estimated(config)
+        measured: dict[str, list[float]] = {"default": [], "returns": []}
+        for number in range(options.rounds):
+            for kind in measured if number == 0 else ("default",):
+                # A folder holds one run.
+                shutil.rmtree(Path(scratch) / "run", ignore_errors=True)
+                measured[kind].append(measure(config, options.cpu, kind == "returns"))
+                print(number, name, kind, measured[kind][-1], flush=True)
+    median, once = statistics.median(measured["default"]), measured["returns"][0]
+    ratios = {"estimate_over_measured": round(whole / median, 3), "live_over_returns": round(live / once, 3)}
+    return {"estimated": whole, "estimated_live": live, "measured": measured, **ratios}
 
 
 if __name__ == "__main__":

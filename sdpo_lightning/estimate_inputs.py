@@ -19,7 +19,7 @@ from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
 from sdpo_lightning.data.sources import PreferenceSource
-from sdpo_lightning.estimate import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
+from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
 from sdpo_lightning.exactness import COLLATORS
 from sdpo_lightning.shapes import model_shape
 from sdpo_lightning.types import Chunk, ConfigurationError

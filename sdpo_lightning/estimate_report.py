@@ -1,23 +1,12 @@
-"""Rank 4: what is said of an estimate: a table, whether it fits, what would make it fit, host memory and disk."""
+"""Rank 5: what is said of an estimate: a table, whether it fits, what would make it fit, host memory and disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sdpo_lightning.estimate import (
-    GIB,
-    Load,
-    Lora,
-    Moment,
-    Optimizer,
-    Run,
-    StageLoad,
-    checkpoint_bytes,
-    export_bytes,
-    offloaded_bytes,
-    peak,
-)
+from sdpo_lightning.estimate import GIB, Moment, checkpoint_bytes, export_bytes, offloaded_bytes, peak
+from sdpo_lightning.estimate_run import Load, Lora, Optimizer, Run, StageLoad
 
 # Bytes of a row: pair id, two logps, two lengths.
 # Not measured: imports and tokenised rows of a process on a GPU.

@@ -16,22 +16,10 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfi
 from benchmarks import estimate as benchmark
 from sdpo_lightning.cli import EstimateCLI, main
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, SharedPrefixCollator
-from sdpo_lightning.estimate import (
-    GIB,
-    Load,
-    Lora,
-    Moment,
-    Optimizer,
-    Run,
-    StageLoad,
-    checkpoint_bytes,
-    export_bytes,
-    load_of,
-    moments,
-    peak,
-)
+from sdpo_lightning.estimate import GIB, Moment, checkpoint_bytes, export_bytes, moments, peak
 from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import EIGHT_BIT, advise, disk_bytes, host_bytes, report
+from sdpo_lightning.estimate_run import Load, Lora, Optimizer, Run, StageLoad, load_of
 from sdpo_lightning.shapes import model_shape
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -296,6 +284,9 @@ CARDS = [
 ]
 
 
+ADAMW, RESIDENT = "--model.optimizer=torch.optim.AdamW", "--model.reference=ResidentReference"
+
+
 class ParsedOnly(EstimateCLI):
     """Keeps the parsed config."""
 
@@ -328,9 +319,9 @@ def test_recipes_fit_their_card(tmp_path, name, shape, card):
 @pytest.mark.parametrize(
     "name, shape, card, changes",
     [
-        ("solar_10.7b_one_gpu", "solar", 141, ["--model.optimizer=torch.optim.AdamW", "--model.reference=ResidentReference"]),
-        ("solar_10.7b_one_gpu", "solar", 141, ["--model.optimizer=torch.optim.AdamW"]),
-        ("solar_10.7b_one_gpu", "solar", 141, ["--model.reference=ResidentReference"]),
+        ("solar_10.7b_one_gpu", "solar", 141, [ADAMW, RESIDENT]),
+        ("solar_10.7b_one_gpu", "solar", 141, [ADAMW]),
+        ("solar_10.7b_one_gpu", "solar", 141, [RESIDENT]),
         ("solar_10.7b", "solar", 80, ["--trainer.strategy=ddp"]),
         ("zephyr_7b", "mistral", 80, ["--trainer.strategy=ddp"]),
         ("llama_70b_lora", "llama70", 80, ["--trainer.strategy=ddp"]),
