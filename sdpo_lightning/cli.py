@@ -1,4 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank` and `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank`, `estimate` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused.
@@ -20,6 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.estimate_inputs import read_loads, read_run
+from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
@@ -136,6 +138,7 @@ class CurriculumCLI(LightningCLI):
         datamodule_class: the data module, or a subclass.
         args: the words after the program's name; default `sys.argv[1:]`.
         subclass_mode: take `model.class_path` and `data.class_path` instead of fixed classes.
+        run: whether `args` begin with a verb, which is then run.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class CurriculumCLI(LightningCLI):
         datamodule_class: type[CurriculumDataModule] = CurriculumDataModule,
         args: Sequence[str] | None = None,
         subclass_mode: bool = False,
+        run: bool = True,
     ) -> None:
         super().__init__(
             model_class,
@@ -157,6 +161,7 @@ class CurriculumCLI(LightningCLI):
             subclass_mode_data=subclass_mode,
             args=None if args is None else list(args),
             auto_configure_optimizers=False,
+            run=run,
         )
 
     @staticmethod
@@ -179,6 +184,38 @@ class CurriculumCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint is not None and not Path(checkpoint).exists():
             raise ConfigurationError(f"`ckpt_path`: there is no {checkpoint!r}")
+
+
+class EstimateCLI(CurriculumCLI):
+    """Takes what `fit` takes, makes nothing of it, and prints what the run would need."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What `estimate` alone takes, and what a config for `fit` may hold without a meaning here."""
+        parser.add_argument("--device_memory_gb", type=float | None, help="of a card, 10^9 bytes; default: this one's")
+        parser.add_argument("--model_config", type=str | None, help="config.json of the model, instead of the model's")
+        parser.add_argument("--ckpt_path", type=str | None)
+        parser.add_argument("--weights_only", type=bool | None)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's warning that `sys.argv` is there too."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """No run directory is needed."""
+
+    def instantiate_classes(self) -> None:
+        """Only sizes are read."""
+        config = self.config.as_dict()
+        self.sizes = read_run(config, config["model_config"])
+        self.loads, self.source = read_loads(config, self.sizes)
+
+    def text(self) -> str:
+        """The estimate, and whether it fits a card where one is given or there."""
+        memory = self.config["device_memory_gb"]
+        card = None if memory is None else memory * 1e9
+        if card is None and self.sizes.cuda and torch.cuda.is_available():
+            card = float(torch.cuda.get_device_properties(0).total_memory)
+        return report(self.sizes, self.loads, self.source, card)
 
 
 def _has_bf16_gpu(accelerator: Any) -> bool:
@@ -212,6 +249,8 @@ def main(
             from sdpo_lightning.demo import run_demo
 
             run_demo(words[1:])
+        elif words[:1] == ["estimate"]:
+            print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
             CurriculumCLI(model_class, datamodule_class, args)
     except (ConfigurationError, MisconfigurationException) as error:

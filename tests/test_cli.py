@@ -273,6 +273,7 @@ def test_shipped_configs_run_on_a_stand_in(tmp_path, tiny_model_dir, name):
         f"--trainer.default_root_dir={tmp_path / 'run'}",
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
+        "--trainer.strategy=auto",
         "--trainer.precision=32-true",
         "--trainer.enable_progress_bar=false",
     ]

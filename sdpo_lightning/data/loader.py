@@ -161,6 +161,11 @@ class StageLoader:
     def __len__(self) -> int:
         return self._count(1, 1.0)[0]
 
+    def run_ids(self) -> list[Sequence[int]]:
+        """Pair ids of each run of the pass, those of all ranks."""
+        ends = self._bounds[: self._runs_used + 1]
+        return [self._pair_ids[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
     def __iter__(self) -> Iterator[PreferenceBatch]:
         # Lazy: Lightning calls iter() several times before it takes a batch, and takes no more than it counts.
         start, self._resume_at = self._resume_at, 0

@@ -1,0 +1,187 @@
+"""Rank 4: the memory and the disk that a run will take, by arithmetic from sizes and settings. Bytes throughout.
+
+A peak is the largest of several moments: what exists then is summed. All that is said of a GPU is unmeasured; on a CPU
+`benchmarks/estimate.py` compares with measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdpo_lightning.estimate_run import Load, Run, StageLoad
+
+GIB = 2**30
+# Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
+CPU_OVERHEAD = 64 * 2**20
+# glibc gives such blocks back to the system when they are freed; smaller ones stay in the heap (mallopt(3)).
+_RETURNED = 32 * 2**20
+HELD = "freed, not returned"
+# Not measured: context, cuBLAS workspaces, NCCL buffers.
+CUDA_OVERHEAD = 3 * GIB // 2
+# Rows of the head that a CPU takes at once, as in `logprobs.py`.
+_CPU_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What exists on one rank at one moment.
+
+    Attributes:
+        name: of the moment.
+        rows: bytes by what they are for.
+    """
+
+    name: str
+    rows: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.rows.values())
+
+
+def peak(run: Run, stage: StageLoad) -> Moment:
+    """The moment of a stage at which a rank takes most.
+
+    Args:
+        run: settings.
+        stage: what it asks of a rank.
+    """
+    return max(moments(run, stage), key=lambda moment: moment.total)
+
+
+def moments(run: Run, stage: StageLoad) -> list[Moment]:
+    """The moments of a step that may be the peak, and of the reference pass.
+
+    Args:
+        run: settings.
+        stage: what it asks of a rank.
+    """
+    load, longest = stage.load, stage.longest
+    shape, trainable = run.shape, run.trainable
+    gradients = 4 * trainable / run.shards
+    # DDP copies the gradients into buckets of its own, which stay.
+    buckets = 4.0 * trainable if run.ranks > 1 and run.shards == 1 else 0.0
+    before = gradients if run.accumulate > 1 else 0.0
+    head_gradient = 0.0 if run.lora else 4 * shape.head_parameters / run.shards
+    keeps = _kept_layers(run, load)
+    rest = load.tokens * shape.kept_rest
+    layer, working = _layer(run, load), _working(run, load)
+    forward, backward = _head(run, load)
+    # Added up with the gradient that is there already, of an earlier micro-batch or of the other use of a tied weight.
+    twice = head_gradient if run.accumulate > 1 or shape.tied else 0.0
+    resting = _resting(run) | {"casts or gathered layers": _copies(run)}
+    rows = [
+        ("end of the forward pass", before, keeps + rest, forward),
+        ("backward of the head", before, keeps + rest, backward + head_gradient),
+        ("backward of the last layer", max(before, head_gradient), keeps + rest + working, 0.0),
+        ("end of the backward pass", gradients + twice, rest + (0 if run.recompute else layer) + working, 0.0),
+    ]
+    found = [
+        Moment(name, resting | {"gradients": grads + buckets, "activations": kept, "logits and head": head})
+        for name, grads, kept, head in rows
+    ]
+    step = gradients + buckets + run.optimizer.temporary * trainable / run.shards
+    found.append(Moment("optimizer step", _resting(run) | {"gradients": step}))
+    passing = {"activations": longest.tokens * (shape.kept_layer + shape.kept_rest), "gradients": buckets}
+    found.append(Moment("reference pass", resting | passing | {"logits and head": _head(run, longest, False)[0]}))
+    if not run.cuda:
+        held = max(_held(run, load, *row[1:], twice) for row in rows)
+        saving = {HELD: held, "checkpoint in memory": checkpoint_bytes(run) if run.checkpoints else 0}
+        found.append(Moment("saving of a checkpoint", _resting(run) | saving | {"gradients": buckets}))
+        found.append(Moment("loading", {"weights": 2 * run.weights, "overhead": float(CPU_OVERHEAD)}))
+    return found
+
+
+def _held(run: Run, load: Load, gradients: float, kept: float, head: float, twice: float) -> float:
+    """Bytes of a moment that the heap of a CPU process keeps when they are freed: those in small blocks."""
+    head_weight = 4 * run.shape.head_parameters
+    if head_weight >= _RETURNED:
+        gradients = max(0.0, gradients - max(head_weight, twice))
+    if max(head_weight, min(load.targets * run.shape.vocab * run.number, run.logits_budget_mb * 2**20)) >= _RETURNED:
+        head = 0.0
+    return gradients + head + (kept if load.tokens * run.shape.widest * run.number < _RETURNED else 0.0)
+
+
+def checkpoint_bytes(run: Run) -> float:
+    """Size of a checkpoint: trained weights and optimizer states. Lightning makes it in memory, then writes it."""
+    return (4.0 + run.optimizer.state) * run.trainable
+
+
+def export_bytes(run: Run) -> float:
+    """Size of one M_t."""
+    return 4.0 * run.trainable
+
+
+def offloaded_bytes(run: Run, load: Load) -> float:
+    """Inputs of recomputed layers that wait in the memory of the CPU, of one rank."""
+    return _inputs(run, load) * run.shape.layers if run.offload else 0.0
+
+
+def _resting(run: Run) -> dict[str, float]:
+    """Bytes a rank between two steps."""
+    states = 0.0 if run.optimizer.on_host and run.cuda else run.optimizer.state * run.trainable / run.shards
+    reference = {"resident": run.base, "cached": 0.0, "adapter": 4.0 * run.trainable}[run.reference]
+    return {
+        "weights": run.weights / run.shards,
+        "reference": reference / run.shards,
+        "optimizer": states,
+        "overhead": float(CUDA_OVERHEAD if run.cuda else CPU_OVERHEAD),
+    }
+
+
+def _copies(run: Run) -> float:
+    """Bytes of copies of weights in the numbers that are computed with."""
+    shape = run.shape
+    if run.shards == 1:
+        cast = shape.head_parameters + (0 if run.quantization else shape.linear_parameters)
+        if run.stores_bf16:
+            cast = shape.head_parameters if shape.tied else 0
+        return 2.0 * (cast + (run.trainable if run.lora else 0)) if run.bf16 else 0.0
+    # Two layers in flight and the root, gathered; a layer's gradient and the root's before they are scattered.
+    root = shape.parameters - shape.layers * shape.layer_parameters
+    small = run.base / (4 * shape.parameters) * 4 if run.quantization else run.number
+    gathered = 2 * shape.layer_parameters * small + root * run.number
+    scattered = 0 if run.lora else (shape.layer_parameters + root) * (run.number + 4)
+    return float(gathered + scattered)
+
+
+def _layer(run: Run, load: Load) -> float:
+    """Bytes that one layer keeps for the backward pass."""
+    probabilities = 0 if run.cuda else run.shape.heads * load.scores
+    return load.tokens * run.shape.kept_layer + (probabilities + load.mask) * run.number
+
+
+def _kept_layers(run: Run, load: Load) -> float:
+    """Bytes that all layers keep on the device: recomputed ones their input only."""
+    layers = run.shape.layers
+    recomputed = -(-layers // run.recompute) if run.recompute else 0
+    inputs = 0 if run.offload and run.cuda else _inputs(run, load) * recomputed
+    return inputs + (layers - recomputed) * _layer(run, load)
+
+
+def _inputs(run: Run, load: Load) -> float:
+    # The residual stream is fp32 under autocast too.
+    return 4.0 * load.tokens * run.shape.hidden
+
+
+def _working(run: Run, load: Load) -> float:
+    """Bytes of a layer's backward pass: what is recomputed, gradients of its widest activations and of its input."""
+    gradients = load.tokens * (2 * run.shape.widest * run.number + 2 * run.shape.hidden * 4)
+    return gradients + (_layer(run, load) if run.recompute else 0)
+
+
+def _head(run: Run, load: Load, trains: bool = True) -> tuple[float, float]:
+    """Bytes of logits and head at the end of the forward pass and at the height of its backward pass."""
+    shape, budget = run.shape, run.logits_budget_mb * 2**20
+    logits = load.targets * shape.vocab * run.number
+    rows = max(1, min(load.targets, int(budget / (4 * shape.vocab))))
+    rows = rows if run.cuda else min(rows, _CPU_ROWS)
+    # A block in fp32, and in bf16 the product that it is made of.
+    block = rows * shape.vocab * (4 + (2 if run.bf16 else 0))
+    selected = load.targets * shape.hidden * run.number
+    kept = logits if trains and logits <= budget else 0
+    chunk = 0 if kept else min(logits, budget) + block
+    # In pieces it is summed in fp32, beside the piece; in bf16 it is turned into fp32 afterwards.
+    product = 0 if run.lora else shape.head_parameters * (run.number if not kept or run.bf16 else 0)
+    return float(selected + kept + block), float(2 * selected + kept + chunk + product)

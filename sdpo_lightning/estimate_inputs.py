@@ -1,0 +1,247 @@
+"""Rank 6: a parsed config -> what the arithmetic of `estimate.py` needs. No weights are read, data only if it's there.
+
+The config is read as plain keys, since classes that ask for GPUs can't be made where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
+from sdpo_lightning.data.curriculum import epochs_of, stage_names
+from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.passes import Batching, Passes
+from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
+from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
+from sdpo_lightning.exactness import COLLATORS
+from sdpo_lightning.shapes import model_shape
+from sdpo_lightning.types import Chunk, ConfigurationError
+
+# Bytes a trainable weight that the states take, by the optimizer's name. 8-bit: a byte a state, and fp32 scales a
+# block of 256 (arXiv 2110.02861); such names are found by their end.
+_STATES = {"Adam": 8.0, "AdamW": 8.0, "NAdam": 8.0, "RAdam": 8.0, "LAMB": 8.0, "Adagrad": 4.0, "RMSprop": 4.0}
+_STATES |= {"Lion": 4.0, "SGD": 0.0, "Adafactor": 0.01}
+_BLOCK = 1 + 4 / 256
+
+
+def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
+    """The settings of a run.
+
+    Args:
+        config: parsed groups `trainer`, `model` and `data`, as plain values.
+        model_config: folder or file of the model's config instead of `model.model_name_or_path`.
+
+    Raises:
+        ConfigurationError: the model's config can't be read or sized, or a precision that can't be trained.
+    """
+    trainer, model, data = config["trainer"], config["model"], config["data"]
+    cuda = _is_cuda(trainer.get("accelerator"))
+    # What `fit` takes where nothing is given.
+    precision = str(trainer.get("precision") or ("bf16-mixed" if cuda else "32-true"))
+    ranks_a_node = _count_devices(trainer.get("devices"), cuda)
+    ranks = ranks_a_node * int(trainer.get("num_nodes") or 1)
+    lora = _lora(model.get("lora"))
+    return Run(
+        shape=model_shape(_model_config(model_config or model["model_name_or_path"]), precision.startswith("bf16")),
+        ranks=ranks,
+        ranks_a_node=ranks_a_node,
+        shards=_shards(trainer.get("strategy"), ranks, ranks_a_node),
+        cuda=cuda,
+        bf16=precision.startswith("bf16"),
+        reference=_reference(model.get("reference"), lora),
+        optimizer=_optimizer(model.get("optimizer"), cuda),
+        recompute=int(model.get("gradient_checkpointing") or 0),
+        offload=bool(model.get("offload_activations")),
+        logits_budget_mb=float(model.get("logits_budget_mb", 256.0)),
+        accumulate=int(trainer.get("accumulate_grad_batches") or 1),
+        lora=lora,
+        quantization=_quantization(model.get("quantization")),
+        checkpoints=_checkpoints(trainer, _total_epochs(data)),
+        stages=len(_stage_names(data)),
+    )
+
+
+def _model_config(name_or_path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"`model.model_name_or_path`: no model config at {name_or_path!r}; give a folder with a config.json, or "
+            f"one by `--model_config`: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _is_cuda(accelerator: Any) -> bool:
+    return accelerator in ("gpu", "cuda") or (accelerator in (None, "auto") and torch.cuda.is_available())
+
+
+def _count_devices(devices: Any, cuda: bool) -> int:
+    if devices in (None, "auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if cuda else 1
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    return int(devices) if isinstance(devices, int | str) else len(devices)
+
+
+def _class_of(value: Any) -> tuple[str, Mapping[str, Any]]:
+    """Last part of a class path, and its arguments; of a plain word, the word."""
+    if isinstance(value, Mapping):
+        return str(value.get("class_path", "")).rsplit(".", 1)[-1], value.get("init_args") or {}
+    return str(value or "").rsplit(".", 1)[-1], {}
+
+
+def _shards(strategy: Any, ranks: int, ranks_a_node: int) -> int:
+    name, arguments = _class_of(strategy)
+    replicas = arguments.get("replicas", 1)
+    if name == "fsdp2_hybrid" or replicas == "nodes":
+        return ranks_a_node
+    return ranks // int(replicas) if name in ("fsdp2", "FSDP2Strategy") else 1
+
+
+def _lora(group: Any) -> Lora | None:
+    if not group:
+        return None
+    values = group.get("init_args", group)
+    targets = values.get("target_modules") or ()
+    names = () if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets)
+    merged = bool(values.get("export_merged"))
+    return Lora(int(values.get("r", 16)), names, bool(values.get("dora")), export_merged=merged)
+
+
+def _quantization(value: Any) -> Any:
+    if value not in (None, "nf4", "int8"):
+        raise ConfigurationError(f"`model.quantization` is {value!r}, expected nf4, int8 or none")
+    return value
+
+
+def _reference(value: Any, lora: Lora | None) -> ReferenceKind:
+    if "Cached" in _class_of(value)[0]:
+        return "cached"
+    return "resident" if lora is None else "adapter"
+
+
+def _optimizer(value: Any, cuda: bool) -> Optimizer:
+    name, arguments = _class_of(value)
+    # The default of the module is a fused AdamW.
+    name = name if isinstance(value, Mapping) and name else "AdamW"
+    plain = name.removeprefix("Paged").removesuffix("8bit")
+    state = _STATES.get(plain, 8.0)
+    if plain in ("SGD", "RMSprop") and arguments.get("momentum"):
+        state += 4
+    if arguments.get("amsgrad"):
+        state += 4
+    if name.endswith("8bit"):
+        state = state / 4 * _BLOCK
+    torch_own = isinstance(value, Mapping) and str(value.get("class_path", "")).startswith("torch.optim")
+    # PyTorch's choice on CUDA unless `fused`: all weights at once, with one temporary each.
+    at_once = cuda and torch_own and not arguments.get("fused") and arguments.get("foreach") is not False
+    return Optimizer(name, state, 4.0 if at_once else 0.0, name.startswith("Paged"))
+
+
+def _checkpoints(trainer: Mapping[str, Any], epochs: int) -> int:
+    if trainer.get("enable_checkpointing") is False:
+        return 0
+    callbacks = trainer.get("callbacks") or []
+    found = [_class_of(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    savers = [arguments for name, arguments in found if name.endswith("Checkpoint")] or [{}]
+    kept = [epochs if (top := a.get("save_top_k", 1)) == -1 else top + 1 + bool(a.get("save_last")) for a in savers]
+    return sum(kept)
+
+
+# ---- data
+
+
+def _stage_names(data: Mapping[str, Any]) -> list[str]:
+    return stage_names(data["partition"], _groups(data))
+
+
+def _groups(data: Mapping[str, Any]) -> list[list[str]]:
+    return data.get("stages") or [[source["name"]] for source in data["sources"]]
+
+
+def _total_epochs(data: Mapping[str, Any]) -> int:
+    return sum(epochs_of(data["epochs_per_stage"], name) for name in _stage_names(data))
+
+
+def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], str]:
+    """What each stage asks of a rank, and a line on where the lengths come from.
+
+    Args:
+        config: parsed groups `trainer`, `model` and `data`, as plain values.
+        run: its settings.
+
+    Raises:
+        ConfigurationError: data that is there and wrong.
+    """
+    data = config["data"]
+    collator = COLLATORS[data["layout"]](0, data["pad_to_multiple_of"])
+    try:
+        reports, store = _prepare(data, config["model"]["model_name_or_path"])
+    except ConfigurationError as error:
+        if all(Path(source["path"]).exists() for source in data["sources"]) and "no tokenizer" not in str(error):
+            raise
+        load = _assumed(data, collator)
+        stages = [StageLoad(name, None, load, load) for name in _stage_names(data)]
+        reason = str(error).split(";")[0]
+        return stages, f"every pair is taken to be as long as `data.max_length` allows, {data['max_length']}: {reason}"
+    keys = ("batch_size", "batch_tokens", "bucket_window", "pad_to_multiple_of", "shuffle", "seed")
+    limit = config["trainer"].get("limit_train_batches")
+    passes = Passes(
+        store,
+        collator,
+        Batching(*(data[key] for key in keys)),
+        rank=0,
+        world_size=run.ranks,
+        accumulate=run.accumulate,
+        limit=1.0 if limit is None else limit,
+    )
+    chunks = _chunks(data, reports)
+    return [_measured(chunk, data, passes, reports) for chunk in chunks], "lengths are those of the data"
+
+
+def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
+    tokenize = PairTokenizer(load_tokenizer(data.get("tokenizer") or model), data["max_length"])
+    sources = [PreferenceSource(**source) for source in data["sources"]]
+    prepared = [prepare_source(i, source, tokenize, data["on_bad_row"]) for i, source in enumerate(sources)]
+    hold_out([report for report, _ in prepared], data["val_fraction"], data["seed"])
+    return {report.name: report for report, _ in prepared}, PairStore([part for _, parts in prepared for part in parts])
+
+
+def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> list[Chunk]:
+    """The chunks in the order of the sources; what a random cut takes is taken to be all."""
+    names, groups = _stage_names(data), _groups(data)
+    if data["partition"] != "by_source":
+        return [Chunk(name, [i for report in reports.values() for i in report.train_ids]) for name in names]
+    ids = [[i for name in group for i in reports[name].train_ids] for group in groups]
+    return [Chunk(name, part) for name, part in zip(names, ids, strict=True)]
+
+
+def _measured(
+    chunk: Chunk, data: Mapping[str, Any], passes: Passes, reports: Mapping[str, SourceReport]
+) -> StageLoad:
+    def largest(runs: Sequence[Sequence[int]]) -> Load:
+        loads = [load_of(passes.store.lengths(run), passes.collator) for run in runs]
+        # One that has the most of each comes close where the two differ.
+        return Load(*(max(getattr(load, key) for load in loads) for key in ("tokens", "targets", "scores", "mask")))
+
+    epochs = range(epochs_of(data["epochs_per_stage"], chunk.name))
+    runs = [run for epoch in epochs for run in passes.training(chunk, epoch).run_ids()]
+    ids = list(chunk.pair_ids) + [i for report in reports.values() for i in report.val_ids]
+    return StageLoad(chunk.name, len(chunk.pair_ids), largest(runs), largest(passes.longest_first(ids).run_ids()[:1]))
+
+
+def _assumed(data: Mapping[str, Any], collator: PreferenceCollator) -> Load:
+    """Of pairs as long as they may be, behind short prompts."""
+    longest = data["max_length"]
+    pair = np.array([[1], [longest - 1], [longest - 1]])
+    count = data["batch_size"]
+    if data.get("batch_tokens") is not None:
+        count = max(1, data["batch_tokens"] // int(collator.pair_tokens(pair)[0]))
+    return load_of(np.repeat(pair, count, axis=1), collator)
