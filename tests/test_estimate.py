@@ -14,6 +14,7 @@ from helpers import make_rows, write_jsonl
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig
 
 from benchmarks import estimate as benchmark
+from benchmarks import scale_table
 from sdpo_lightning.cli import EstimateCLI, main
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, SharedPrefixCollator
 from sdpo_lightning.estimate import GIB, Moment, checkpoint_bytes, export_bytes, moments, peak
@@ -366,3 +367,10 @@ def test_measured_peaks_at_half_the_size(tmp_path, setting):
     config = benchmark.write_setting(setting, tmp_path, pairs=12, scale=2)
     estimated, measured = benchmark.estimated(config), benchmark.measure(config, cpu=None)
     assert estimated / measured == pytest.approx(1, abs=0.2), (estimated, measured)
+
+
+def test_the_tables_on_paper_are_what_the_arithmetic_gives():
+    text = (CONFIGS.parent / "docs" / "scaling.md").read_text()
+    lines = list(scale_table.rows())
+    assert len(lines) == 2 + 3 * 5 + 1 + 2 + 5
+    assert [line for line in lines if line not in text] == []
