@@ -3,7 +3,7 @@
 Each setting is a config that `sdpo-lightning fit` trains in a process of its own (random weights, two stages, their
 checkpoints and exports included). Measured is the peak of resident memory above what the imports take; estimated is
 what `sdpo-lightning estimate` says for the same config. One run a setting has an
-allocator that gives every freed block back, so that only what exists counts; it is slow.
+allocator that gives freed blocks back, so that only what exists counts; it is slow.
 
 | setting | what it is |
 |---|---|
@@ -146,14 +146,14 @@ def measure(config: Path, cpu: int | None = 0, returns: bool = False) -> float:
     Args:
         config: of the run.
         cpu: the core; None pins to none.
-        returns: have the allocator give every freed block from 1 MiB on back at once, so that only what exists counts.
+        returns: have the allocator give freed blocks from 128 KiB on back at once, so that only what exists counts.
     """
     words = [sys.executable, "-m", "benchmarks.estimate", "--child", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # One heap: several keep freed memory each, as many as threads happen to run.
     environment |= {"MALLOC_ARENA_MAX": "1"}
     if returns:
-        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
     pinned = [] if cpu is None else ["taskset", "-c", str(cpu)]
     done = subprocess.run([*pinned, *words], capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -190,7 +190,7 @@ def main() -> None:
     result = {
         "settings": rows,
         "method": "MiB, VmHWM of a whole `fit` above that of the imports, a process a run, one core, "
-        "MALLOC_ARENA_MAX=1; `returns`: MALLOC_MMAP_THRESHOLD_=1 MiB, so that only what exists counts",
+        "MALLOC_ARENA_MAX=1; `returns`: MALLOC_MMAP_THRESHOLD_=128 KiB, so that only what exists counts",
         "pairs": options.pairs,
         "rounds": options.rounds,
         "machine": platform.processor() or platform.machine(),
