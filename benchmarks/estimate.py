@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from benchmarks.flops import Shape
-from benchmarks.workloads import llama_config, pair_ids, pair_lengths, pair_rows
+from benchmarks.workloads import llama_config, pair_ids, pair_lengths, pair_rows, peak_resident
 
 WIDE = Shape(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1344, vocab=16_000, tied=False)
 SHALLOW = Shape(hidden=768, layers=4, heads=12, kv_heads=12, intermediate=2048, vocab=32_000, tied=True)
@@ -128,16 +128,9 @@ def child(config: Path) -> None:
     from sdpo_lightning.cli import main as command
 
     torch.set_num_threads(1)
-    imported = _highest()
+    imported = peak_resident()
     command(["fit", "--config", str(config)])
-    print(f"RESULT {_highest() - imported}")
-
-
-def _highest() -> float:
-    """Most resident memory of this program so far, in MiB."""
-    # Not `ru_maxrss`: a process inherits its parent's there, and the parent has held a model.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    print(f"RESULT {(peak_resident() - imported) / 1024}")
 
 
 def measure(config: Path, cpu: int | None = 0, returns: bool = False) -> float:

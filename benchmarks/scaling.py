@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 from benchmarks.flops import Shape, floor_forward, training_flops
 from benchmarks.scaling_report import markdown, plot
 from benchmarks.vs_trl import has_bf16
-from benchmarks.workloads import llama_config, pair_ids, pair_lengths, pair_rows
+from benchmarks.workloads import llama_config, pair_ids, pair_lengths, pair_rows, peak_resident
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, intermediate=704, vocab=8_192)
 MICRO_BATCH, STEP_PAIRS = 4, 8
@@ -195,10 +194,10 @@ def child(point: Point, model_dir: Path) -> None:
         import sdpo_lightning.module  # noqa: F401
     else:
         from transformers import LlamaForCausalLM  # noqa: F401
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imported = peak_resident()
     with tempfile.TemporaryDirectory() as out:
         seconds = whole_fit(point, model_dir, Path(out)) if point.trainer else bare_loop(point)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported
+    peak = peak_resident() - imported
     print("RESULT " + json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
 
 

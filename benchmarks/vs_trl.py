@@ -22,13 +22,14 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.workloads import peak_resident
 
 VOCAB, HIDDEN, LAYERS = 16_000, 512, 8
 VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "bare", "one", "eight")
@@ -256,7 +257,7 @@ def child(options: argparse.Namespace) -> None:
         import sdpo_lightning.module  # noqa: F401
     else:
         import trl  # noqa: F401
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imported = peak_resident()
     with tempfile.TemporaryDirectory() as out:
         if options.variant == "bare":
             losses = run_bare(Path(options.model), rows, options.epochs)
@@ -264,7 +265,7 @@ def child(options: argparse.Namespace) -> None:
             run = run_ours if ours else run_trl
             losses = run(options.variant, Path(options.model), rows, options.epochs, Path(out))
     seconds = time.process_time() - _MEASURE["cpu"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported
+    peak = peak_resident() - imported
     print("RESULT " + json.dumps({"seconds": seconds / len(rows), "peak_mb": peak / 1024, "losses": losses}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.flops import Pair, Shape
@@ -81,3 +82,9 @@ def llama_config(shape: Shape, positions: int) -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
+
+
+def peak_resident() -> int:
+    """Most resident memory of this program so far, KiB. Not `ru_maxrss`: that begins with what the parent has held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
