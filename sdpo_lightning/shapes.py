@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from sdpo_lightning.types import ConfigurationError
+
 _TRACE = "size_trace"
 _TRACE_TOKENS = (64, 128)
 
@@ -86,6 +88,9 @@ def model_shape(config: PretrainedConfig, bf16: bool) -> ModelShape:
     Args:
         config: a causal LM's.
         bf16: under bf16 autocast, else fp32.
+
+    Raises:
+        ConfigurationError: a model that doesn't run on tensors without values, as mixtures of experts.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -96,7 +101,13 @@ def model_shape(config: PretrainedConfig, bf16: bool) -> ModelShape:
             sizes = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
             found[name.rsplit(".", 1)[-1], *sizes] += 1
     text, head = config.get_text_config(), model.get_output_embeddings()
-    kept_layer, kept_rest = _kept(config, bf16)
+    try:
+        kept_layer, kept_rest = _kept(config, bf16)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"`model.model_name_or_path`: what a {text.model_type} keeps a token can't be counted without its weights "
+            f"({str(error).splitlines()[0]}); there is no estimate for it"
+        ) from error
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(layers),

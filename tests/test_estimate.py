@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import make_rows, write_jsonl
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, PretrainedConfig
 
 from benchmarks import estimate as benchmark
 from benchmarks import scale_table
@@ -335,9 +335,9 @@ def test_plain_variants_do_not_fit(tmp_path, name, shape, card, changes):
 
 def test_a_7b_base_in_fp32_does_not_fit_24_gb_and_in_bf16_does(tmp_path):
     run, [stage] = recipe("qlora_7b", "mistral", tmp_path)
-    assert run.quantization == "nf4" and run.lora == Lora(64)
+    assert run.quantization == "nf4" and run.lora == Lora(16)
     whole = replace(run, quantization=None)
-    # 7.24 billion weights, 0.13 of them an embedding in fp32, the others in bf16: 15.4 GB with 0.17 of adapters.
+    # 7.24 billion weights, 0.13 of them an embedding in fp32, the others in bf16: 14.9 GB with 0.17 of adapters.
     assert peak(whole, stage).total < 24e9
     assert peak(replace(whole, lora=replace(whole.lora, export_merged=True)), stage).total > 24e9
 
@@ -383,3 +383,14 @@ def test_the_tables_on_paper_are_what_the_arithmetic_gives():
     lines = list(scale_table.rows())
     assert len(lines) == 2 + 3 * 5 + 1 + 2 + 5
     assert [line for line in lines if line not in text] == []
+
+
+def test_a_mixture_of_experts_is_refused_in_one_line(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    MixtralConfig(vocab_size=100, num_local_experts=2, **sizes).save_pretrained(tmp_path)
+    words = [f"--model.model_name_or_path={tmp_path}", '--data.sources=[{"name": "a", "path": "none.jsonl"}]']
+    with pytest.raises(SystemExit) as stop:
+        main(["estimate", *words])
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "a mixtral keeps a token can't be counted" in line
