@@ -1,13 +1,19 @@
-"""Rank 0: what one process does for all."""
+"""Rank 0: what one process does for all, and what several do side by side."""
 
 from __future__ import annotations
 
+import pickle
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+
+# Between two questions whether the others are done; far below the time-out of a collective.
+_FIRST_WAIT, _LONGEST_WAIT = 0.02, 2.0
 
 
 def is_first() -> bool:
@@ -37,3 +43,88 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def together(make: Callable[[], Result] | None) -> list[Result | None]:
+    """What each rank makes, on every rank, however long it takes and whoever takes longest.
+
+    The ranks ask each other every few seconds, so no collective ever waits long. Where there are several processes,
+    `make` runs in a thread beside them.
+
+    Args:
+        make: of this rank; its result goes over the wire, so keep it small. None where this rank only waits.
+
+    Returns:
+        The results by rank; None of a rank that only waited.
+
+    Raises:
+        Exception: what the first rank to fail raised, on all ranks and while the others are still at work.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [make() if make is not None else None]
+    work = _Work(make)
+    wait = _FIRST_WAIT
+    while True:
+        states: list[_State[Result]] = [_State() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(states, work.state(wait))
+        for state in states:
+            if state.error is not None:
+                raise state.error
+        if all(state.done for state in states):
+            return [state.result for state in states]
+        wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def side_by_side(make: Callable[[], Result]) -> Result:
+    """What this rank makes, once all ranks have made theirs.
+
+    Args:
+        make: called on every rank; its result stays here.
+
+    Raises:
+        Exception: what the first rank to fail raised, on all ranks.
+    """
+    made: list[Result] = []
+    together(lambda: made.append(make()))
+    return made[0]
+
+
+@dataclass
+class _State(Generic[Result]):
+    done: bool = False
+    result: Result | None = None
+    error: Exception | None = None
+
+
+class _Work(Generic[Result]):
+    """A call in a thread, asked for its state now and then."""
+
+    def __init__(self, make: Callable[[], Result] | None) -> None:
+        self._make = make
+        self._state: _State[Result] = _State(done=make is None)
+        self._ended = threading.Event()
+        # A process that has to stop because of another rank's error doesn't wait for its own work.
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            if self._make is not None:
+                self._state = _State(True, self._make())
+        except Exception as error:  # noqa: BLE001
+            self._state = _State(True, error=_portable(error))
+        finally:
+            self._ended.set()
+
+    def state(self, wait: float) -> _State[Result]:
+        """The state after `wait` seconds, or as soon as the call ends."""
+        self._ended.wait(wait)
+        return self._state
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it can't go over the wire: else the other ranks would wait for it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from helpers import WORDS
@@ -23,6 +24,14 @@ TEMPLATE = (
     "{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<start> assistant {% endif %}"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Neither fill the user's cache nor find anything in it, in the processes that tests start either."""
+    folder = str(tmp_path_factory.mktemp("datasets-cache"))
+    os.environ["HF_DATASETS_CACHE"] = folder
+    datasets.config.HF_DATASETS_CACHE = Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -190,21 +190,21 @@ def stage_of_epoch(stages: Sequence[Stage], epoch: int) -> Stage:
 
 
 def split_by_prompt(
-    prompts: Mapping[str, Sequence[str]], fraction: float, seed: int
+    prompts: Mapping[str, Sequence[str | int]], fraction: float, seed: int
 ) -> dict[str, list[bool]]:
     """Choose held-out pairs such that no prompt stands on both sides, in whatever source.
 
     Args:
-        prompts: source name -> one prompt a pair.
+        prompts: source name -> one prompt a pair, or a number that stands for it.
         fraction: wanted share of each source's pairs; whole prompts are taken until it is reached.
         seed: of the choice.
 
     Returns:
         Source name -> True for each held-out pair.
     """
-    held: set[str] = set()
+    held: set[str | int] = set()
     for texts in prompts.values():
-        sizes: dict[str, int] = {}
+        sizes: dict[str | int, int] = {}
         for text in texts:
             sizes[text] = sizes.get(text, 0) + 1
         wanted = fraction * len(texts) - sum(size for text, size in sizes.items() if text in held)

@@ -34,10 +34,12 @@ from sdpo_lightning.data.curriculum import (
 )
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.passes import Batching, Passes
-from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
+from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
-from sdpo_lightning.types import Chunk, LogpTable, PairLogps, ResumeError, Stage
+from sdpo_lightning.ranks import side_by_side
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
 
 
 class CurriculumDataModule(pl.LightningDataModule):
@@ -64,6 +66,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         on_bad_row: `drop` and count, or `error`.
         val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
         tokenizer: folder or hub name; default: the model's.
+        num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
 
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
@@ -90,6 +93,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         on_bad_row: Literal["drop", "error"] = "drop",
         val_fraction: float = 0.0,
         tokenizer: str | None = None,
+        num_proc: int | None = None,
     ) -> None:
         super().__init__()
         self.sources = sources
@@ -107,6 +111,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.on_bad_row = on_bad_row
         self.val_fraction = val_fraction
         self.tokenizer_name = tokenizer
+        self.num_proc = num_proc
         self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
@@ -117,6 +122,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         check_groups([source.name for source in sources], self.groups, partition)
         names = stage_names(partition, self.groups)
         check_epochs(epochs_per_stage, names, [source.name for source in sources] if merge_ties else [])
+        check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
 
     # ---- sources -> tokenised pairs
@@ -125,13 +131,16 @@ class CurriculumDataModule(pl.LightningDataModule):
         """Read, check and tokenise all sources, once. No weights are loaded before this is done."""
         if self.reports:
             return
-        assert self.trainer is not None, "`setup` runs within a Trainer"
-        self.tokenizer = load_tokenizer(self.tokenizer_name or self.trainer.lightning_module.model_name_or_path)
+        trainer = self.trainer
+        assert trainer is not None, "`setup` runs within a Trainer"
+        name = self.tokenizer_name or trainer.lightning_module.model_name_or_path
+        self.tokenizer = side_by_side(lambda: load_tokenizer(name))
         tokenize = PairTokenizer(self.tokenizer, self.max_length)
-        prepared = [prepare_source(i, source, tokenize, self.on_bad_row) for i, source in enumerate(self.sources)]
-        hold_out([report for report, _ in prepared], self.val_fraction, self.seed)
-        self.reports = {report.name: report for report, _ in prepared}
-        self.store = PairStore([part for _, parts in prepared for part in parts])
+        place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
+        reports, parts = prepare_sources(self.sources, Preparation(tokenize, self.on_bad_row, self.num_proc, *place))
+        hold_out(reports, self.val_fraction, self.seed)
+        self.reports = {report.name: report for report in reports}
+        self.store = PairStore(parts)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None else 0
         # Until the model is there to say whether `layout` is exact for it.
@@ -196,19 +205,11 @@ class CurriculumDataModule(pl.LightningDataModule):
         key = (passes, repr(passes.limit))
         # Thousands of ids are not compared at each batch.
         if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
-            self._check_layout()
+            passes.check_layout(self._layout_before)
             passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
             steps = [passes.epoch_steps(c, epochs_of(self.epochs_per_stage, c.name)) for c in self._chunks]
             self._planned = self._chunks, key, stage_plan(self._chunks, steps)
         return self._planned[2]
-
-    def _check_layout(self) -> None:
-        before, layout = self._layout_before, type(self.collator).__name__
-        if self.batching.batch_tokens is not None and before not in (None, layout):
-            raise ResumeError(
-                f"the checkpoint's run counted `data.batch_tokens` by {before}, this one by {layout}, with other pairs "
-                "in a step; set `data.layout` to what that run's log says"
-            )
 
     def total_epochs(self) -> int:
         """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""

@@ -13,7 +13,7 @@ from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
-from sdpo_lightning.types import Chunk, Stage
+from sdpo_lightning.types import Chunk, ResumeError, Stage
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,22 @@ class Passes:
             shortest = np.sort(self._tokens(ids))[:size]
             runs = fewest_runs(shortest, row_limit(self.collator, self.batching.batch_tokens))
         return steps_per_epoch(runs, self.world_size, 1, self.limit)[0]
+
+    def check_layout(self, before: str | None) -> None:
+        """Refuse to count tokens by another layout than the checkpoint's run.
+
+        Args:
+            before: class name of that run's collator; None without a checkpoint.
+
+        Raises:
+            ResumeError: the layouts differ, and with them the pairs of a step.
+        """
+        layout = type(self.collator).__name__
+        if self.batching.batch_tokens is not None and before not in (None, layout):
+            raise ResumeError(
+                f"the checkpoint's run counted `data.batch_tokens` by {before}, this one by {layout}, with other pairs "
+                "in a step; set `data.layout` to what that run's log says"
+            )
 
     def log_long_pairs(self, ids: Sequence[int]) -> None:
         """Say how many pairs don't fit `batch_tokens`."""

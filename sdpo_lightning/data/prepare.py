@@ -1,24 +1,26 @@
-"""Rank 3: one source -> tokenised training and held-out pairs, and the report of what became of its rows."""
+"""Rank 4: sources -> tokenised training and held-out pairs, and reports of what became of their rows."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, fingerprint, read_content
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.curriculum import split_by_prompt
-from sdpo_lightning.data.sources import PreferenceSource, SourceRows, load_source
+from sdpo_lightning.data.sources import VAL_FIRST_ROW, Note, PreferenceSource, read_source
+from sdpo_lightning.data.tokenizing import Tokenized, processes, tokenize_rows
+from sdpo_lightning.ranks import side_by_side, together
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
-
-# Held-out files count their rows from here, so that their ids never meet those of the training file.
-_VAL_FIRST_ROW = 1 << 39
 
 
 @dataclass
@@ -35,11 +37,11 @@ class SourceReport:
     mean_logps_standard_error: float | None = None
     train_ids: list[int] = field(default_factory=list, repr=False)
     val_ids: list[int] = field(default_factory=list, repr=False)
-    prompts: list[str] = field(default_factory=list, repr=False)
+    prompt_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
 
     def row(self) -> dict[str, Any]:
         """What `curriculum.json` says of the source."""
-        return {key: value for key, value in vars(self).items() if key not in ("train_ids", "val_ids", "prompts")}
+        return {key: value for key, value in vars(self).items() if key not in ("train_ids", "val_ids", "prompt_keys")}
 
     def scores(self) -> dict[str, float | None]:
         """The figures of the ranking, for a checkpoint."""
@@ -66,37 +68,131 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def prepare_source(
-    index: int, source: PreferenceSource, tokenize: PairTokenizer, on_bad_row: Literal["drop", "error"]
-) -> tuple[SourceReport, list[Dataset]]:
+@dataclass(frozen=True)
+class Preparation:
+    """How sources become tokenised pairs.
+
+    Attributes:
+        tokenize: tokenizer and length limit.
+        on_bad_row: `drop` and count, or `error`.
+        num_proc: processes that tokenise one source; None chooses.
+        node_rank: of the machine that this process runs on.
+        local_rank: of this process on its machine; 0 works for all that run there.
+        local_ranks: processes on this machine.
+    """
+
+    tokenize: PairTokenizer
+    on_bad_row: Literal["drop", "error"] = "drop"
+    num_proc: int | None = None
+    node_rank: int = 0
+    local_rank: int = 0
+    local_ranks: int = 1
+
+
+def prepare_sources(
+    sources: Sequence[PreferenceSource], how: Preparation
+) -> tuple[list[SourceReport], list[Dataset]]:
+    """Read, check and tokenise all sources, once a machine, or find them in the cache.
+
+    A collective: local rank 0 of each machine works and the others wait, without a time-out.
+
+    Args:
+        sources: in the order of `data.sources`, part of their pair ids.
+        how: settings and ranks.
+
+    Returns:
+        The reports, and the tokenised pairs, memory-mapped: `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`,
+        `prompt_key`.
+
+    Raises:
+        ConfigurationError: on all ranks: a file that can't be read, no pairs left, machines with different data.
+    """
+    leads = how.local_rank == 0
+    told = together((lambda: (how.node_rank, _fingerprints(sources, how))) if leads else None)
+    by_node = dict(item for item in told if item is not None)
+    compare_nodes([source.name for source in sources], by_node)
+    keys = by_node[how.node_rank]
+    found = together((lambda: (how.node_rank, _folders(sources, keys, how))) if leads else None)
+    folders = dict(item for item in found if item is not None)[how.node_rank]
+    loaded = side_by_side(lambda: [_load(folder) for folder in folders])
+    return [report for report, _ in loaded], [part for _, parts in loaded for part in parts]
+
+
+def _fingerprints(sources: Sequence[PreferenceSource], how: Preparation) -> list[Fingerprint]:
+    given = (how.tokenize, how.on_bad_row)
+    return [fingerprint(source, index, *given) for index, source in enumerate(sources)]
+
+
+def _folders(sources: Sequence[PreferenceSource], prints: Sequence[Fingerprint], how: Preparation) -> list[Path]:
+    """The folder of each source in the cache, where it is made if need be."""
+
+    def folder(index: int) -> Path:
+        source, before = sources[index], prints[index]
+
+        def build(staging: Path) -> dict[str, Any]:
+            content = build_source(index, source, how, staging)
+            if fingerprint(source, index, how.tokenize, how.on_bad_row) != before:
+                changed = f"source {source.name!r} changed while it was read, expected files that stay as they are"
+                raise ConfigurationError(f"{changed}; see `data.sources[{source.name}].path`")
+            return content
+
+        return cached_folder(before.key, build)
+
+    return [folder(index) for index in range(len(sources))]
+
+
+def build_source(index: int, source: PreferenceSource, how: Preparation, folder: Path) -> dict[str, Any]:
     """Read, check and tokenise one source.
 
     Args:
         index: place of the source in `data.sources`, part of its pair ids.
         source: where its rows are.
-        tokenize: tokenizer and length limit.
-        on_bad_row: `drop` and count, or `error`.
+        how: settings.
+        folder: for the Arrow files.
 
     Returns:
-        The report, and the tokenised pairs: `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        What is to be kept beside the files, as plain values.
 
     Raises:
         ConfigurationError: a file that can't be read, or no pairs left.
     """
-    loaded = load_source(source, index, on_bad_row=on_bad_row)
-    pairs, prompts, dropped = _tokenize(source.name, loaded, tokenize, on_bad_row)
-    report = SourceReport(source.name, len(pairs), 0, dropped)
-    report.train_ids, report.prompts = list(pairs["pair_id"][:]), prompts
+    train, dropped, notes = _build_part(index, source, None, how, folder / "train")
+    content = {"name": source.name, "dropped": dropped, "notes": notes, "parts": [_names(train)]}
     if source.val_path is None:
-        return report, [pairs]
-    val_rows = load_source(source, index, path=source.val_path, on_bad_row=on_bad_row, first_row=_VAL_FIRST_ROW)
-    val, val_prompts, val_dropped = _tokenize(source.name, val_rows, tokenize, on_bad_row)
-    report.val_ids, report.val_pairs = list(val["pair_id"][:]), len(val)
-    report.dropped |= {f"val_{reason}": count for reason, count in val_dropped.items()}
-    both = len(set(prompts) & set(val_prompts))
+        return content
+    val, val_dropped, val_notes = _build_part(index, source, source.val_path, how, folder / "val")
+    content["parts"].append(_names(val))
+    content["dropped"] |= {f"val_{reason}": count for reason, count in val_dropped.items()}
+    content["notes"] += val_notes
+    both = np.intersect1d(*(_column(_join(part.files), "prompt_key") for part in (train, val))).size
     if both:
-        log.warning("source %r: %d prompts stand in its training and its held-out file", source.name, both)
-    return report, [pairs, val]
+        text = f"source {source.name!r}: {both} prompts stand in its training and its held-out file"
+        content["notes"].append((logging.WARNING, text))
+    return content
+
+
+def _load(folder: Path) -> tuple[SourceReport, list[Dataset]]:
+    content = read_content(folder)
+    for level, text in content["notes"]:
+        log.log(level, "%s", text)
+    parts = [_join([folder / name for name in names]) for names in content["parts"]]
+    report = SourceReport(content["name"], len(parts[0]), 0, content["dropped"])
+    report.train_ids, report.prompt_keys = _column(parts[0], "pair_id").tolist(), _column(parts[0], "prompt_key")
+    if len(parts) == 2:
+        report.val_ids, report.val_pairs = _column(parts[1], "pair_id").tolist(), len(parts[1])
+    return report, parts
+
+
+def _names(part: Tokenized) -> list[str]:
+    return [path.name for path in part.files]
+
+
+def _join(files: Sequence[Path]) -> Dataset:
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in files])
+
+
+def _column(rows: Dataset, name: str) -> np.ndarray:
+    return rows.data.column(name).to_numpy()
 
 
 def hold_out(reports: Sequence[SourceReport], fraction: float, seed: int) -> None:
@@ -111,7 +207,9 @@ def hold_out(reports: Sequence[SourceReport], fraction: float, seed: int) -> Non
         ConfigurationError: a source whose pairs are all held out.
     """
     whole = [report for report in reports if not report.val_ids]
-    held = split_by_prompt({report.name: report.prompts for report in whole}, fraction, seed)
+    if not fraction:
+        return
+    held = split_by_prompt({report.name: report.prompt_keys.tolist() for report in whole}, fraction, seed)
     for report in whole:
         marked = list(zip(report.train_ids, held[report.name], strict=True))
         report.train_ids = [i for i, is_val in marked if not is_val]
@@ -121,37 +219,34 @@ def hold_out(reports: Sequence[SourceReport], fraction: float, seed: int) -> Non
             raise ConfigurationError(f"source {report.name!r}: every pair is held out; lower `data.val_fraction`")
 
 
-def _tokenize(
-    name: str, loaded: SourceRows, tokenize: PairTokenizer, on_bad_row: str
-) -> tuple[Dataset, list[str], dict[str, int]]:
-    """The pairs, the prompt of each as text, and the dropped rows by reason."""
+def _build_part(
+    index: int, source: PreferenceSource, val_path: str | None, how: Preparation, out: Path
+) -> tuple[Tokenized, dict[str, int], list[Note]]:
+    """The pairs of `source.path` or of `source.val_path`, the dropped rows by reason, and lines for the log."""
+    rows = out.with_suffix(".rows")
+    loaded = read_source(source, index, val_path, how.on_bad_row, VAL_FIRST_ROW if val_path else 0, rows)
     if loaded.conversational:
-        tokenize.check_template(name)
-    prompts: list[str] = []
-    columns: dict[str, list[Any]] = {"pair_id": [], "prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    dropped: dict[str, int] = {}
-    for row in loaded.rows:
-        pair = tokenize(row["prompt"], row["chosen"], row["rejected"])
-        if isinstance(pair, str):
-            if on_bad_row == "error":
-                number = (row["pair_id"] & (_VAL_FIRST_ROW - 1)) + 1
-                raise ConfigurationError(f"source {name!r}, row {number}: {pair} (`data.on_bad_row: error`)")
-            dropped[pair] = dropped.get(pair, 0) + 1
-            continue
-        for key, value in zip(columns, (row["pair_id"], *vars(pair).values()), strict=True):
-            columns[key].append(value)
-        prompts.append(str(row["prompt"]))
-    total = loaded.dropped | dropped
-    if not columns["pair_id"]:
+        how.tokenize.check_template(source.name)
+    count = processes(how.num_proc, len(loaded.rows), how.local_ranks)
+    strict = how.on_bad_row == "error"
+    done = tokenize_rows(rows, len(loaded.rows), how.tokenize, strict, count, out, source.name)
+    rows.unlink()
+    if done.bad is not None:
+        number = (done.bad[0] & (VAL_FIRST_ROW - 1)) + 1
+        raise ConfigurationError(f"source {source.name!r}, row {number}: {done.bad[1]} (`data.on_bad_row: error`)")
+    total = loaded.dropped | done.dropped
+    if not done.pairs:
         raise ConfigurationError(
-            f"source {name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
+            f"source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
             "`data.sources`"
         )
-    if dropped:
-        count = sum(dropped.values())
-        level = logging.WARNING if count > 0.01 * loaded.total else logging.INFO
-        log.log(level, "source %r: %d of %d pairs dropped: %s", name, count, loaded.total, _listed(dropped))
-    return Dataset.from_dict(columns), prompts, total
+    notes = list(loaded.notes)
+    if done.dropped:
+        lost = sum(done.dropped.values())
+        level = logging.WARNING if lost > 0.01 * loaded.total else logging.INFO
+        text = f"source {source.name!r}: {lost} of {loaded.total} pairs dropped: {_listed(done.dropped)}"
+        notes.append((level, text))
+    return done, total, notes
 
 
 def _listed(dropped: Mapping[str, int]) -> str:

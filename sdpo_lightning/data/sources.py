@@ -1,37 +1,31 @@
 """Rank 2: a file, a folder or a hub set -> canonical preference rows, bad rows counted by reason.
 
-The walk: read the needed columns of the first `limit` rows -> check that the columns exist -> bring each row
-into one form or find why it can't be -> one `datasets.Dataset`. A bad row is dropped, a bad file is refused.
+The walk: read the needed columns of the first `limit` rows -> bring each row into one form or find why it can't
+be -> Arrow, a chunk at a time -> check that the columns exist. A bad row is dropped, a bad file is refused.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from sdpo_lightning.data.records import Origin, Table, open_table
 from sdpo_lightning.data.rows import CANONICAL, BadRow, Pair, canonical_pair
+from sdpo_lightning.data.tables import TableWriter
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-Record = tuple[int, dict[str, Any] | str]  # line or row from 1; the needed columns, or why there are none
+Note = tuple[int, str]  # level and text of a log line
 
-_FILE_ENDINGS = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".zst", ".zip")
-_KINDS = "a .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder or a hub name"
-_LFS_POINTER = b"version https://git-lfs"
+# Held-out files count their rows from here, so that their ids never meet those of the training file.
+VAL_FIRST_ROW = 1 << 39
 
 
 @dataclass
@@ -82,6 +76,8 @@ class SourceRows:
     """Rows read, the dropped ones included."""
     conversational: bool
     """Whether the rows are lists of messages."""
+    notes: list[Note]
+    """What the log is to say of the dropped rows."""
 
 
 def load_source(
@@ -91,7 +87,7 @@ def load_source(
     on_bad_row: Literal["drop", "error"] = "drop",
     first_row: int = 0,
 ) -> SourceRows:
-    """Read one source.
+    """Read one source into memory and log what was dropped.
 
     Args:
         source: what to read.
@@ -108,168 +104,130 @@ def load_source(
         ConfigurationError: nothing readable at the path, a column that isn't there, no row left, or, with
             `on_bad_row="error"`, the first bad row.
     """
-    origin = _Origin(source, path or source.path, "path" if path is None else "val_path")
+    loaded = read_source(source, source_index, path, on_bad_row, first_row)
+    for level, text in loaded.notes:
+        log.log(level, "%s", text)
+    return loaded
+
+
+def read_source(
+    source: PreferenceSource,
+    source_index: int,
+    path: str | None,
+    on_bad_row: Literal["drop", "error"],
+    first_row: int,
+    into: Path | None = None,
+) -> SourceRows:
+    """`load_source` without its log lines, through an Arrow file.
+
+    Args:
+        source: as for `load_source`.
+        source_index: as for `load_source`.
+        path: as for `load_source`.
+        on_bad_row: as for `load_source`.
+        first_row: as for `load_source`.
+        into: file for the rows, memory-mapped afterwards; None keeps them in memory.
+
+    Raises:
+        ConfigurationError: as for `load_source`.
+    """
+    origin = origin_of(source, path)
     columns = {name: name for name in CANONICAL[:3]} | (source.columns or {})
-    records, found = _read(origin, set(columns.values()))
-    if not records:
+    table = open_table(origin, set(columns.values()))
+    kept = _convert(table, columns, source_index << 40 | first_row, into)
+    if not kept.total:
         raise origin.error("is empty (0 rows)", "expected one preference pair a row")
-    explicit = _check_columns(origin, columns, found)
-    kept: list[tuple[int, Pair]] = []
-    places: dict[str, list[int]] = {}
-    for row, (number, record) in enumerate(records):
-        try:
-            pair = canonical_pair(record, columns, explicit)
-            if kept and isinstance(pair[0], str) != isinstance(kept[0][1][0], str):
-                raise BadRow("other_form")
-        except BadRow as bad:
-            if on_bad_row == "error":
-                at = f"has a bad row at {origin.path}:{number}: {bad}"
-                raise origin.error(at, "`data.on_bad_row: error` allows none") from None
-            places.setdefault(str(bad), []).append(number)
-        else:
-            kept.append((source_index << 40 | (first_row + row), pair))
-    dropped = {reason: len(numbers) for reason, numbers in places.items()}
-    examples = {reason: [f"{origin.path}:{n}" for n in numbers[:3]] for reason, numbers in places.items()}
-    _report(origin, {reason: (len(numbers), numbers[0]) for reason, numbers in places.items()}, len(records))
-    return SourceRows(_dataset(kept), dropped, examples, len(records), not isinstance(kept[0][1][0], str))
+    _check_columns(origin, columns, source.columns or {}, list(table.found))
+    if on_bad_row == "error" and kept.dropped:
+        reason, (number, *_) = min(kept.places.items(), key=lambda item: item[1])
+        at = f"has a bad row at {origin.path}:{number}: {reason}"
+        raise origin.error(at, "`data.on_bad_row: error` allows none")
+    notes = _notes(origin, kept)
+    examples = {reason: [f"{origin.path}:{n}" for n in numbers] for reason, numbers in kept.places.items()}
+    assert kept.writer is not None, "a source without rows is refused above"
+    return SourceRows(kept.writer.finish(), kept.dropped, examples, kept.total, kept.conversational, notes)
 
 
-def _report(origin: _Origin, dropped: dict[str, tuple[int, int]], total: int) -> None:
-    """Log the dropped rows (reason -> how many, first place), refuse a source that has no others."""
-    text = ", ".join(f"{count} {reason} (first at {place})" for reason, (count, place) in dropped.items())
-    name, count = origin.source.name, sum(count for count, _ in dropped.values())
-    if count == total:
+def origin_of(source: PreferenceSource, path: str | None = None) -> Origin:
+    """Where the rows of `source.path` come from, or those of `path` in its place."""
+    key = "path" if path is None else "val_path"
+    return Origin(source.name, path or source.path, key, source.split, source.limit)
+
+
+def _notes(origin: Origin, kept: _Kept) -> list[Note]:
+    """Lines about the dropped rows; refuses a source that has no others."""
+    counts = kept.dropped.items()
+    text = ", ".join(f"{count} {reason} (first at {kept.places[reason][0]})" for reason, count in counts)
+    name, count = origin.name, sum(kept.dropped.values())
+    if count == kept.total:
         keys = f"{origin.setting(origin.key)} or {origin.setting('columns')}"
-        found = f"source {name!r}: 0 of {total} rows left of {origin.path!r}: {text}"
+        found = f"source {name!r}: 0 of {kept.total} rows left of {origin.path!r}: {text}"
         raise ConfigurationError(f"{found}; change {keys}")
-    if count:
-        level = logging.WARNING if count > 0.01 * total else logging.INFO
-        log.log(level, "source %r: %d of %d rows of %r dropped: %s", name, count, total, origin.path, text)
+    if not count:
+        return []
+    level = logging.WARNING if count > 0.01 * kept.total else logging.INFO
+    return [(level, f"source {name!r}: {count} of {kept.total} rows of {origin.path!r} dropped: {text}")]
 
 
-def _dataset(kept: list[tuple[int, Pair]]) -> datasets.Dataset:
-    string = datasets.Value("string")
-    value = string if isinstance(kept[0][1][0], str) else [{"role": string, "content": string}]
-    columns: dict[str, list[Any]] = {"pair_id": [pair_id for pair_id, _ in kept]}
-    columns |= {name: [pair[i] for _, pair in kept] for i, name in enumerate(CANONICAL[:3])}
-    features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], value)
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+class _Kept:
+    """Good rows on their way into Arrow, bad ones counted by reason."""
+
+    def __init__(self, into: Path | None) -> None:
+        self._into = into
+        self.writer: TableWriter | None = None
+        self.conversational = False
+        self.total = 0
+        self.dropped: dict[str, int] = {}
+        self.places: dict[str, list[int]] = {}
+
+    def add(self, pair_id: int, pair: Pair) -> None:
+        """Keep a row; the first one decides the form."""
+        conversational = not isinstance(pair[0], str)
+        if self.writer is None:
+            self.conversational = conversational
+            string = datasets.Value("string")
+            text = [{"role": string, "content": string}] if conversational else string
+            features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], text)
+            self.writer = TableWriter(datasets.Features(features), self._into)
+        elif conversational != self.conversational:
+            raise BadRow("other_form")
+        self.writer.add((pair_id, *pair))
+
+    def drop(self, reason: str, number: int) -> None:
+        """Count a row; the first three places are kept."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(number)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where rows come from, for reading and for error messages."""
-
-    source: PreferenceSource
-    path: str
-    key: str
-
-    def setting(self, key: str) -> str:
-        return f"`data.sources[{self.source.name}].{key}`"
-
-    def error(self, found: str, expected: str, key: str | None = None) -> ConfigurationError:
-        what = f"source {self.source.name!r}: {self.path!r} {found}; {expected}"
-        return ConfigurationError(f"{what}; change {self.setting(key or self.key)}")
-
-
-# ---- a path -> records
-
-
-def _read(origin: _Origin, wanted: set[str]) -> tuple[list[Record], list[str]]:
-    """The wanted columns of the first rows, and the names of all columns."""
-    path = Path(os.path.expanduser(origin.path))  # unlike Path.expanduser, leaves an unknown ~user alone
-    lower = path.name.lower()
-    if path.is_dir():
-        return _read_dataset(origin, path, wanted)
-    if not path.exists():
-        if lower.endswith(_FILE_ENDINGS) or origin.path[0] in "./~" or origin.path.count("/") > 1:
-            raise origin.error("not found", f"expected {_KINDS}")
-        return _read_dataset(origin, None, wanted)
-    if not lower.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        hint = ", with one JSON object a line in JSONL" if ".json" in lower else ""
-        raise origin.error(f"is a file of unknown kind {path.suffix!r}", f"expected {_KINDS}{hint}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(_LFS_POINTER))
-        if head == _LFS_POINTER:
-            raise origin.error("is a git-LFS pointer, not the data", "fetch the data by `git lfs pull`")
-        if not head:
-            raise origin.error("is empty (0 bytes)", "expected one preference pair a row")
-        return (_read_parquet if lower.endswith(".parquet") else _read_jsonl)(origin, path, wanted)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
-        found = f"can't be read ({_first_line(error)})"
-        raise origin.error(found, "expected a whole file of the kind that its name says") from error
+def _convert(table: Table, columns: dict[str, str], first_id: int, into: Path | None) -> _Kept:
+    """All rows in canonical form."""
+    explicit, again = False, True
+    while again:
+        kept, again = _Kept(into), False
+        for row, (number, record) in enumerate(table.records()):
+            if not explicit and columns["prompt"] in table.found:
+                # A prompt in any row makes it a column of all: the rows before this one were read without.
+                explicit, again = True, row > 0
+                if again:
+                    break
+            kept.total += 1
+            try:
+                kept.add(first_id + row, canonical_pair(record, columns, explicit))
+            except BadRow as bad:
+                kept.drop(str(bad), number)
+        if again and kept.writer is not None:
+            kept.writer.close()
+    return kept
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
-
-
-def _read_jsonl(origin: _Origin, path: Path, wanted: set[str]) -> tuple[list[Record], list[str]]:
-    records: list[Record] = []
-    found: dict[str, None] = {}  # a set that keeps the order
-    # Binary files split at b"\n" only: text may hold U+2028, at which str.splitlines would cut a row.
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-        for number, value in islice(_json_lines(origin, lines), origin.source.limit):
-            if isinstance(value, dict):
-                found.update(dict.fromkeys(value))
-                value = {name: value[name] for name in wanted if name in value}
-            records.append((number, value))
-    return records, list(found)
-
-
-def _json_lines(origin: _Origin, lines: Iterable[bytes]) -> Iterator[Record]:
-    for number, line in enumerate(lines, start=1):
-        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise origin.error(f"is not UTF-8 (line {number})", "expected UTF-8 text") from error
-        except (ValueError, RecursionError):
-            yield number, "invalid_json"
-        else:
-            yield number, value if isinstance(value, dict) else "not_an_object"
-
-
-def _read_parquet(origin: _Origin, path: Path, wanted: set[str]) -> tuple[list[Record], list[str]]:
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.names
-        table = file.read(columns=[name for name in found if name in wanted])
-    return list(enumerate(table.slice(0, origin.source.limit).to_pylist(), start=1)), found
-
-
-def _read_dataset(origin: _Origin, folder: Path | None, wanted: set[str]) -> tuple[list[Record], list[str]]:
-    """A `save_to_disk` folder, or without one a hub data set."""
-    split = origin.source.split
-    try:
-        if folder is None:
-            loaded = datasets.load_dataset(origin.path, split=split)
-        else:
-            loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # disk, network, hub and builders: the errors share no base class
-        kind = "no local path, and no hub data set" if folder is None else "no folder of `save_to_disk`"
-        expected = f"expected {_KINDS}; of the hub, check name, split {split!r} and network"
-        raise origin.error(f"is {kind} ({_first_line(error)})", expected) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise origin.error(f"has no split {split!r}", f"expected one of {list(loaded)}", key="split")
-        loaded = loaded[split]
-    found = list(loaded.column_names)
-    rows = loaded.with_format(None).select(range(min(len(loaded), origin.source.limit or len(loaded))))
-    names = [name for name in found if name in wanted] or found  # without columns it would have no rows
-    return list(enumerate(rows.select_columns(names), start=1)), found
-
-
-def _check_columns(origin: _Origin, columns: dict[str, str], found: list[str]) -> bool:
-    """Whether there is a column of prompts; refuses columns that stand in no row."""
-    explicit = columns["prompt"] in found
+def _check_columns(origin: Origin, columns: dict[str, str], given: Iterable[str], found: list[str]) -> None:
+    """Refuse columns that stand in no row."""
     # A system text has its place in front of an explicit prompt only.
-    needed = set(columns) if "system" in columns else {"chosen", "rejected", *(origin.source.columns or {})}
+    needed = set(columns) if "system" in columns else {"chosen", "rejected", *given}
     missing = [columns[name] for name in CANONICAL if name in needed and columns[name] not in found]
     # Without any column no row was an object: those are counted by reason.
     if missing and found:
         listed = f"expected one of {found[:20]}" + (" and more" if len(found) > 20 else "")
         raise origin.error(f"has unknown column {', '.join(map(repr, missing))}", listed, key="columns")
-    return explicit
