@@ -17,7 +17,7 @@ from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import epochs_of, stage_names
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
-from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
+from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
 from sdpo_lightning.exactness import COLLATORS
@@ -209,9 +209,9 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
 def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
     tokenize = PairTokenizer(load_tokenizer(data.get("tokenizer") or model), data["max_length"])
     sources = [PreferenceSource(**source) for source in data["sources"]]
-    prepared = [prepare_source(i, source, tokenize, data["on_bad_row"]) for i, source in enumerate(sources)]
-    hold_out([report for report, _ in prepared], data["val_fraction"], data["seed"])
-    return {report.name: report for report, _ in prepared}, PairStore([part for _, parts in prepared for part in parts])
+    reports, parts = prepare_sources(sources, Preparation(tokenize, data["on_bad_row"], data["num_proc"]))
+    hold_out(reports, data["val_fraction"], data["seed"])
+    return {report.name: report for report in reports}, PairStore(parts)
 
 
 def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> list[Chunk]:
