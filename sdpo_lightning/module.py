@@ -24,6 +24,7 @@ from sdpo_lightning.backbone import (
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
+from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
@@ -234,6 +235,7 @@ class DPOLitModule(StageOptimization):
             self.val_metrics.append(PreferenceMetrics().to(self.device))
         policy = self.compute_logps(self.policy, batch)
         reference = self.reference.logps(batch)
+        self.last_logps = (policy, reference)
         losses = self.preference_loss(policy, reference)
         self._update(self.val_metrics[dataloader_idx], losses, policy, reference, batch)
 
@@ -270,7 +272,7 @@ class DPOLitModule(StageOptimization):
     def configure_callbacks(self) -> list[pl.Callback]:
         """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
         present = self.trainer.callbacks
-        makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress]
+        makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress, ContaminationGuard]
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)
