@@ -258,3 +258,11 @@ def test_every_lazy_name_of_the_package_is_where_it_says():
         assert name in {node.name for node in TREES[home].body if isinstance(node, ast.ClassDef)}, name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = sdpo_lightning.no_such_name
+
+
+def test_contributing_lists_every_module_at_its_rank():
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    listed = {}
+    for rank, names in re.findall(r"^\| (\d+) \| (`.*`) \|$", text, re.M):
+        listed |= {name.replace("/", "."): int(rank) for name in re.findall(r"`([^`]+)`", names)}
+    assert listed == {module: rank for module, rank in RANKS.items() if rank is not None}
