@@ -1,8 +1,9 @@
 """Rank 6: the stage boundary.
 
 Order at a boundary: the last epoch of stage t-1 ends and is checkpointed -> Lightning asks for the loader of
-stage t -> on its first batch: export of M_{t-1} -> the reference advances -> fresh optimizer and schedule ->
-self-check -> first step. The swap is keyed on the saved index of the entered stage, not on an epoch hook:
+stage t -> on its first batch: export of M_{t-1} -> ledger "t-1 done" -> the reference advances -> ledger "t open" ->
+fresh optimizer and schedule -> self-check -> first step. A process that ends anywhere in between goes on from that
+checkpoint. The swap is keyed on the saved index of the entered stage, not on an epoch hook:
 those are skipped on some resumes.
 """
 
@@ -12,19 +13,24 @@ import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.checkpoint import DurableCheckpointIO
 from sdpo_lightning.checks import check_run_dir, check_strategy, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
+from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
+from sdpo_lightning.run_lock import RunLock
+from sdpo_lightning.run_state import close_stage, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.types import (
     ConfigurationError,
     PairLogps,
@@ -46,6 +52,9 @@ class StageTransition(pl.Callback):
     # The first batch of a stage, until its logps are compared.
     _unchecked: PreferenceBatch | None = None
 
+    def __init__(self) -> None:
+        self._lock = RunLock()
+
     def should_advance(self, trainer: pl.Trainer, stage: Stage) -> bool:
         """Whether the reference becomes M_{t-1} at the start of stage t > 1. Override to hold it back."""
         return True
@@ -59,6 +68,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1
@@ -69,6 +80,8 @@ class StageTransition(pl.Callback):
         check_trainer(trainer)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
+        if leaves_files(trainer):
+            lock_run(trainer, self._lock)
 
     @staticmethod
     def _set_epochs(trainer: pl.Trainer, total: int) -> None:
@@ -122,6 +135,8 @@ class StageTransition(pl.Callback):
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
         record = pl_module.record
         if record.entered:
+            if leaves_files(trainer):
+                take_up(trainer, pl_module, stages)
             self._read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
             inputs = self._inputs(trainer, pl_module, pl_module.stage)
@@ -148,7 +163,7 @@ class StageTransition(pl.Callback):
         record = pl_module.record
         assert stage.index == record.entered + 1, f"stage {stage.index} follows stage {record.entered}"
         if stage.index > 1:
-            exporter(trainer).export(trainer, pl_module, pl_module.stage)
+            _leave(trainer, pl_module, pl_module.stage)
         advances = stage.index == 1 or self.should_advance(trainer, stage)
         inputs = self._inputs(trainer, pl_module, stage)
         if advances:
@@ -156,13 +171,18 @@ class StageTransition(pl.Callback):
             record.reference = stage.index - 1
         else:
             pl_module.reference.stay(stage, inputs)
+        failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
+        if leaves_files(trainer):
+            open_stage(trainer, pl_module, stage)
+            failpoint("after_open")
         if stage.index > 1:
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         self._check_weights(trainer, pl_module, stage, advances)
         pl_module.last_logps = None
+        failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
         self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
@@ -219,6 +239,11 @@ class StageTransition(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """An interrupted step leaves no copies of weights behind."""
         CASTS.release()
+        self._lock.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the run directory."""
+        self._lock.release()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export M_T if the plan is complete; else say where the run stopped."""
@@ -226,11 +251,11 @@ class StageTransition(pl.Callback):
             return
         stages = trainer.datamodule.stages()
         if _is_complete(trainer, stages) and trainer.is_last_batch:
-            exporter(trainer).export(trainer, pl_module, stages[-1])
+            _leave(trainer, pl_module, stages[-1])
             return
         stage = pl_module.stage or stages[0]
         log.warning(
-            "stopped inside stage %d %r at step %d: M_%d is not exported",
+            "stopped inside stage %d %r at step %d: M_%d is not exported; a resumed run goes on there",
             stage.index,
             stage.name,
             trainer.global_step,
@@ -243,9 +268,10 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is None or trainer.fast_dev_run or not data.is_ranked:
             return
         stages = data.stages()
-        folder = run_dir(trainer) / "stages" / stages[-1].folder_name
-        if pl_module.stage is None and _is_complete(trainer, stages) and not from_first_rank(folder.exists):
-            exporter(trainer).export(trainer, pl_module, stages[-1])
+        if pl_module.stage is None and _is_complete(trainer, stages):
+            take_up(trainer, pl_module, stages)
+            _leave(trainer, pl_module, stages[-1])
+            log.info("already complete: %s", run_dir(trainer))
 
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -275,6 +301,13 @@ class StageTransition(pl.Callback):
         """Load the reference that belongs to the policy's stage."""
         data = trainer.datamodule
         self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
+
+
+def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    exporter(trainer).export(trainer, pl_module, stage)
+    if leaves_files(trainer):
+        close_stage(trainer, pl_module, stage)
+        failpoint("after_ledger")
 
 
 def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,10 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.failpoints import failpoint
+from sdpo_lightning.files import publish
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
@@ -200,6 +202,7 @@ def score_pairs(
     try:
         with torch.no_grad(), CASTS.held():
             for batch in batches:
+                STOP.leave_if_asked()
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)
                 if have is None or not bool(have.all()):
@@ -207,6 +210,7 @@ def score_pairs(
                 columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
                 real = batch.weights > 0
                 rows.append(tuple(column[real].cpu() for column in columns))
+                failpoint("mid_precompute")
     finally:
         model.train(was_training)
     ids, *columns = _gather(rows)
@@ -252,9 +256,8 @@ def write_table(path: Path, table: LogpTable, key: str) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
     save_file(tensors, staging, metadata={"key": key})
-    with staging.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(staging, path)
+    failpoint("before_publish")
+    publish(staging, path)
 
 
 def read_table(path: Path, key: str | None) -> LogpTable | None:

@@ -304,7 +304,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The decided chunks and the scores behind them, as plain values and tensors."""
         chunks = self._chunks or []
         return {
-            "plan": self._plan(),
+            "plan": self.plan(),
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
             "chunk_names": [chunk.name for chunk in chunks],
@@ -312,7 +312,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             "scores": {name: report.scores() for name, report in self.reports.items()},
         }
 
-    def _plan(self) -> dict[str, Any]:
+    def plan(self) -> dict[str, Any]:
         """All that decides which pair a step sees."""
         trainer = self.trainer
         assert trainer is not None
@@ -336,7 +336,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             ResumeError: a setting or the data isn't what the checkpoint's run had.
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            compare_plans(state_dict["plan"], self._plan())
+            compare_plans(state_dict["plan"], self.plan())
             self._layout_before = state_dict["layout"]
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
