@@ -58,7 +58,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
 class StageCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that defers a save due on an epoch's last batch to the epoch's end.
 
-    A save in between belongs to neither epoch: Lightning resumes from it in the middle of the next stage.
+    A save in between belongs to neither epoch: Lightning resumes from it in the middle of the next stage. Whatever the
+    triggers, there is a checkpoint of a stage's end: the next stage's reference is exported from it.
 
     Args:
         dirpath: default `<default_root_dir>/checkpoints`.
@@ -70,7 +71,7 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_train_steps: optimizer steps between saves.
         train_time_interval: time between saves.
         every_n_epochs: epochs between saves; the default is 1 if no other trigger is given.
-        every_minutes: minutes between saves, besides those at an epoch's end.
+        every_minutes: minutes between saves, as `train_time_interval`.
         keep_last: checkpoints that stay, where neither `monitor` nor `save_top_k` says otherwise.
     """
 
@@ -91,7 +92,7 @@ class StageCheckpoint(ModelCheckpoint):
         if keep_last < 1:
             raise ConfigurationError(f"`keep_last` of StageCheckpoint is {keep_last}, expected at least 1")
         if every_minutes is not None:
-            train_time_interval, every_n_epochs = timedelta(minutes=every_minutes), every_n_epochs or 1
+            train_time_interval = timedelta(minutes=every_minutes)
         self.keep_last = keep_last
         self._rotates = monitor is None and save_top_k == 1
         if self._rotates and keep_last > 1:
@@ -141,12 +142,13 @@ class StageCheckpoint(ModelCheckpoint):
         if free < needed:
             log.warning("%s has %s bytes free; checkpoints need about %s", folder, f"{free:,}", f"{needed:,}")
 
-    def _after_step(self, trainer: pl.Trainer, keep: bool) -> None:
+    def _after_step(self, trainer: pl.Trainer, stops: bool, ends: bool) -> None:
         """Leave if a signal asks for it, with a checkpoint of this step; delete old ones."""
         asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
-        if keep or (asked and self._last_global_step_saved != trainer.global_step):
+        if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
             assert self.dirpath is not None
-            trainer.save_checkpoint(Path(self.dirpath) / f"stopped-step={trainer.global_step}.ckpt")
+            name = f"{'stage-end' if ends else 'stopped'}-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(Path(self.dirpath) / name)
             self._last_global_step_saved = trainer.global_step
         if self._rotates:
             from_first_rank(lambda: keep_newest(Path(self.dirpath or ""), self.keep_last))
@@ -165,7 +167,7 @@ class StageCheckpoint(ModelCheckpoint):
             return
         self._step = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps)
+        self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps, False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the epoch ends here."""
@@ -185,7 +187,9 @@ class StageCheckpoint(ModelCheckpoint):
         if validated:
             super().on_validation_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
-        self._after_step(trainer, False)
+        stage = pl_module.stage
+        ends = trainer.current_epoch + 1 == stage.first_epoch + stage.epochs and self.save_top_k != 0
+        self._after_step(trainer, False, ends)
 
 
 def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
