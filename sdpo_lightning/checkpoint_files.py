@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.files import file_digest, fsync, publish, write_json
+from sdpo_lightning.files import cannot_write, file_digest, fsync, publish, write_json
 from sdpo_lightning.ledger import LEDGER, Ledger
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
@@ -70,7 +70,7 @@ def save_file_atomically(content: dict[str, Any], path: Path) -> None:
         commit(staging, path, digest)
     except OSError as error:
         staging.unlink(missing_ok=True)
-        raise OSError(_no_room(error, path, tensor_bytes(content))) from error
+        raise OSError(cannot_write(path, error, tensor_bytes(content))) from error
 
 
 def commit(staging: Path, path: Path, digest: str | None = None) -> None:
@@ -178,14 +178,6 @@ def tensor_bytes(content: Any) -> int:
         return content.numel() * content.element_size()
     values: Iterable[Any] = content.values() if isinstance(content, dict) else content
     return sum(map(tensor_bytes, values)) if isinstance(content, dict | list | tuple) else 0
-
-
-def _no_room(error: OSError, path: Path, size: int) -> str:
-    folder = next(parent for parent in path.parents if parent.exists())
-    return (
-        f"{path} can't be written ({error.strerror or error}); it needs about {size:,} bytes, {folder} has "
-        f"{shutil.disk_usage(folder).free:,} free. Earlier checkpoints are intact: make room and start the same command"
-    )
 
 
 def _sidecar(path: Path) -> Path:

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.ranks import from_first_rank, is_first
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -61,8 +63,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     staging = folder.with_name(f".{folder.name}.tmp")
     from_first_rank(lambda: _begin(staging))
-    yield staging
-    from_first_rank(lambda: _publish(staging, folder))
+    try:
+        yield staging
+        from_first_rank(lambda: _publish(staging, folder))
+    except (OSError, SafetensorError) as error:
+        if is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(cannot_write(folder, error)) from error
+
+
+def cannot_write(path: Path, error: Exception, size: int | None = None) -> str:
+    """What to say of a file or folder that couldn't be written.
+
+    Args:
+        path: its place.
+        error: what was met.
+        size: bytes that it needs, where that is known.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    needs = f"it needs about {size:,} bytes, " if size is not None else ""
+    return (
+        f"{path} can't be written ({error}); {needs}{folder} has {shutil.disk_usage(folder).free:,} bytes free. "
+        "Earlier checkpoints are intact: make room and start the same command"
+    )
 
 
 def _begin(staging: Path) -> None:

@@ -192,7 +192,9 @@ class DPOLitModule(StageOptimization):
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
         try:
             weights = self._load(path).to(self.device)
-        except SafetensorError as error:
+        except (ConfigurationError, OSError, SafetensorError) as error:
+            if folder is None:
+                raise
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is damaged ({error})") from error
         check_reference_digest(index, path, weights_digest(weights), self.record.digests[index])
         return weights

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.data.prepare import row_number
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
 from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage
 
@@ -109,7 +110,7 @@ class StageOptimization(pl.LightningModule):
         what = "loss or logps aren't finite" if ids else f"gradient norm {self.grad_norm}"
         ids = ids or [i for pair_id, _ in watched for i in pair_id.tolist()]
         data = self.trainer.datamodule
-        pairs = [f"{i} ({data.source_of(i)} row {(i & (1 << 39) - 1) + 1})" for i in ids[:8]]
+        pairs = [f"{i} ({data.source_of(i)} row {row_number(i)})" for i in ids[:8]]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         return (
             f"{what} before optimizer step {self.trainer.global_step + 1}; no weight was changed. Pairs: "

@@ -26,7 +26,7 @@ def leaves_files(trainer: pl.Trainer) -> bool:
 
 def run_plan(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """All that a resumed run must agree on, as plain values."""
-    return trainer.datamodule.plan() | pl_module.settings()
+    return trainer.datamodule.plan().values() | pl_module.settings()
 
 
 def lock_run(trainer: pl.Trainer, lock: RunLock) -> None:

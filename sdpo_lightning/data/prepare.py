@@ -66,6 +66,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def row_number(pair_id: int) -> int:
+    """The row, counted from 1, of its file."""
+    return (pair_id & (_VAL_FIRST_ROW - 1)) + 1
+
+
 def prepare_source(
     index: int, source: PreferenceSource, tokenize: PairTokenizer, on_bad_row: Literal["drop", "error"]
 ) -> tuple[SourceReport, list[Dataset]]:
@@ -134,7 +139,7 @@ def _tokenize(
         pair = tokenize(row["prompt"], row["chosen"], row["rejected"])
         if isinstance(pair, str):
             if on_bad_row == "error":
-                number = (row["pair_id"] & (_VAL_FIRST_ROW - 1)) + 1
+                number = row_number(row["pair_id"])
                 raise ConfigurationError(f"source {name!r}, row {number}: {pair} (`data.on_bad_row: error`)")
             dropped[pair] = dropped.get(pair, 0) + 1
             continue

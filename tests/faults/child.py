@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pathlib
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,9 +29,24 @@ def run_cli(words: list[str], env: dict[str, str], output: str, defect: str | No
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ.update(env)
+    if "SDPO_FILE_LIMIT" in env:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(env["SDPO_FILE_LIMIT"]), -1))
+    if "SDPO_DENY" in env:
+        _deny_commits()
     if defect is not None:
         DEFECTS[defect]()
     main(words)
+
+
+def _deny_commits() -> None:
+    """What a folder without write permission does; root has it everywhere."""
+
+    def deny(self: pathlib.Path, *arguments: Any, **named: Any) -> Any:
+        if self.suffix == ".tmp" and ".ckpt" in self.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *arguments, **named)
+
+    opened, pathlib.Path.open = pathlib.Path.open, deny
 
 
 def _reference_is_s() -> None:

@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(["child"])
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent), str(HERE)])
 
-COUNTS = {"a": 5, "b": 7, "c": 4}
+COUNTS = {"a": 8, "b": 11, "c": 7}
 LIMIT = 120.0
 
 
@@ -125,3 +125,29 @@ def compare(whole: Path, other: Path) -> None:
     assert {stage["status"] for stage in ours["stages"]} == {"done"}
     # No process leaves half a file.
     assert list(other.rglob(".*.tmp")) == []
+
+
+def saves(run_dir: Path) -> list[tuple[int, bool]]:
+    """(stage, whether it ends there) of each checkpoint that a whole run makes: every second step, and stage ends."""
+    stages = [int(row["stage/index"]) for row in reproducible(run_dir)]
+    found = []
+    for step, stage in enumerate(stages, 1):
+        ends = step == len(stages) or stages[step] != stage
+        if ends or step % 2 == 0:
+            found.append((stage, ends))
+    return found
+
+
+def killed_within(job: Job, whole: Path, stage: int, last: int = 1) -> Job:
+    """Kill right after a checkpoint in the middle of a stage.
+
+    Args:
+        job: to start.
+        whole: run directory of a whole run.
+        stage: of the checkpoint.
+        last: number of that checkpoint within the stage.
+    """
+    within = [number for number, save in enumerate(saves(whole), 1) if save == (stage, False)]
+    ended = job.start({"SDPO_FAILPOINT": f"after_checkpoint:{within[last - 1]}"})
+    assert ended.code == 137, ended.text
+    return job
