@@ -208,16 +208,14 @@ class CurriculumCLI(LightningCLI):
         """Go on where the run directory says; not in the config, so that a checkpoint's settings override nothing."""
         self.config_init.fit.ckpt_path = self._go_on_from
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--resume",
-                type=Literal["auto", "never"],
-                default="auto",
-                help="Go on with the run in `trainer.default_root_dir`, or refuse a folder that isn't empty.",
-            )
-        return parser
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--resume`, to all verbs, so that a run's `config.yaml` serves them all."""
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "never"],
+            default="auto",
+            help="fit: go on with the run in `trainer.default_root_dir`, or refuse a folder that isn't empty.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would have a checkpoint's hyper-parameters override the command line without a word."""
