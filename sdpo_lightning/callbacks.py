@@ -20,7 +20,7 @@ from torch import Tensor
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import DurableCheckpointIO
-from sdpo_lightning.checks import check_run_dir, check_strategy, check_trainer
+from sdpo_lightning.checks import check_optimizers, check_run_dir, check_strategy, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
@@ -134,9 +134,9 @@ class StageTransition(pl.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
         record = pl_module.record
+        if trainer.ckpt_path is not None and leaves_files(trainer):
+            take_up(trainer, pl_module, stages)
         if record.entered:
-            if leaves_files(trainer):
-                take_up(trainer, pl_module, stages)
             self._read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
             inputs = self._inputs(trainer, pl_module, pl_module.stage)
@@ -180,6 +180,7 @@ class StageTransition(pl.Callback):
         if stage.index > 1:
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
+        check_optimizers(trainer, pl_module)
         self._check_weights(trainer, pl_module, stage, advances)
         pl_module.last_logps = None
         failpoint("after_swap")

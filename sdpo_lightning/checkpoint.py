@@ -32,8 +32,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Write one.
 
         Raises:
+            ConfigurationError: it lacks what a resume needs.
             OSError: it can't be written.
         """
+        if "stage_record" not in checkpoint:
+            raise ConfigurationError("the checkpoint has no stage record: `on_save_checkpoint` must call `super()`'s")
         save_file_atomically(checkpoint, Path(path))
 
     def load_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +32,7 @@ from sdpo_lightning.types import (
 
 ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
 _SCHEMA = "1"
+log = logging.getLogger(__name__)
 
 
 class ReferencePolicy(ABC):
@@ -171,6 +173,8 @@ class CachedReference(ReferencePolicy):
         """Read the stage's file if its key fits; else compute it again from M_{t-1}."""
         self._table = from_first_rank(lambda: read_table(_table_path(inputs.folder, stage), cache_key(inputs)))
         if self._table is None:
+            path = _table_path(inputs.folder, stage)
+            log.warning("%s is missing or of other weights or rows: its logps are computed again", path)
             self.advance(load_weights(), stage, inputs)
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:

@@ -14,7 +14,7 @@ from sdpo_lightning.files import file_digest, sweep
 from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Weights
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.run_lock import RunLock
-from sdpo_lightning.types import Stage, StageRecord
+from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,11 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
     """Compare the checkpoint with the ledger, and set aside what lies behind it. A collective.
 
     Raises:
+        ConfigurationError: the module didn't read its part of the checkpoint.
         ResumeError: the checkpoint doesn't belong to the ledger.
     """
+    if not pl_module.record.entered:
+        raise ConfigurationError("no stage record was read: `on_load_checkpoint` must call `super()`'s")
     plan = run_plan(trainer, pl_module)
     finished = trainer.fit_loop.epoch_progress.current.processed
     done = sum(finished >= stage.first_epoch + stage.epochs for stage in stages)

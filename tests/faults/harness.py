@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,12 +46,14 @@ class Job:
         model_dir: S.
         reference: name of its class.
         more: further words.
+        added: a fourth source, `d`.
     """
 
     folder: Path
     model_dir: Path
     reference: str = "ResidentReference"
     more: tuple[str, ...] = ()
+    added: bool = False
 
     @property
     def run_dir(self) -> Path:
@@ -60,7 +63,7 @@ class Job:
     def words(self) -> list[str]:
         """The command after the program's name."""
         sources = []
-        for seed, (name, count) in enumerate(COUNTS.items()):
+        for seed, (name, count) in enumerate((COUNTS | ({"d": 6} if self.added else {})).items()):
             path = self.folder / f"{name}.jsonl"
             if not path.exists():
                 write_jsonl(path, make_rows(count, seed, name))
@@ -82,6 +85,38 @@ class Job:
             *self.more,
         ]
 
+    def launch(self, env: dict[str, str], output: Path, defect: str | None = None) -> multiprocessing.Process:
+        """Start a process and return."""
+        process = CONTEXT.Process(target=run_cli, args=(self.words(), env, str(output), defect))
+        process.start()
+        return process
+
+    def start_ranks(self, count: int, only: dict[int, dict[str, str]] | None = None) -> list[int]:
+        """Run the command on several ranks.
+
+        Args:
+            count: of ranks.
+            only: rank -> what is added to its environment.
+
+        Returns:
+            Their exit codes; -9 for those that didn't end by themselves within `LIMIT`.
+        """
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        ranks = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        processes = []
+        for rank in range(count):
+            mine = ranks | {"LOCAL_RANK": str(rank)} | (only or {}).get(rank, {})
+            processes.append(self.launch(mine, self.folder / f"output-{rank}.txt"))
+        until = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0.1, until - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        return [process.exitcode for process in processes]
+
     def start(
         self,
         env: dict[str, str] | None = None,
@@ -96,9 +131,8 @@ class Job:
             meanwhile: called with pid and start time once the process runs.
         """
         output = self.folder / "output.txt"
-        process = CONTEXT.Process(target=run_cli, args=(self.words(), env or {}, str(output), defect))
         began = time.monotonic()
-        process.start()
+        process = self.launch(env or {}, output, defect)
         if meanwhile is not None:
             meanwhile(process.pid, began)
         process.join(LIMIT)
