@@ -153,7 +153,7 @@ class StageCheckpoint(ModelCheckpoint):
             name = f"{'stage-end' if ends else 'stopped'}-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(Path(self.dirpath) / name)
             self._last_global_step_saved = trainer.global_step
-        if self._rotates:
+        if self._rotates and self._last_global_step_saved == trainer.global_step:
             from_first_rank(lambda: keep_newest(Path(self.dirpath or ""), self.keep_last))
         if asked:
             log.warning("stopped by a signal at step %d; start the same command to go on", trainer.global_step)

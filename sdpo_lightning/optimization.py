@@ -83,13 +83,10 @@ class StageOptimization(pl.LightningModule):
         """
         CASTS.release()
         grads = [p.grad for p in self.trainable() if p.grad is not None]
-        norm, watched = nn.utils.get_total_norm(grads), self._watched
-        self._watched = []
-        failed = torch.stack([bad.any() for _, bad in watched]).any() if watched else torch.zeros_like(norm).bool()
-        # One transfer for both.
-        self.grad_norm, bad = torch.stack([norm.to(failed.device), failed.to(norm.dtype)]).tolist()
+        self.grad_norm = nn.utils.get_total_norm(grads).item()
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        stops = bool(bad) or not math.isfinite(self.grad_norm)
+        watched, self._watched = self._watched, []
+        stops = not math.isfinite(self.grad_norm) or any(bool(bad.any()) for _, bad in watched)
         if self.trainer.strategy.reduce_boolean_decision(stops, all=False):
             raise FloatingPointError(self._not_finite(watched))
 

@@ -35,13 +35,15 @@ class RunLock:
         handle = os.open(run_dir / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             owner = os.read(handle, 4096).decode(errors="replace").strip()
             os.close(handle)
             raise ConfigurationError(
                 f"`trainer.default_root_dir`: {run_dir} is in use by another process, {owner or 'which is starting'}; "
                 "wait for it, or set another folder"
             ) from None
+        except OSError as error:
+            log.warning("%s is on a file system without locks (%s): nothing keeps a second process out", run_dir, error)
         if left := os.read(handle, 4096).decode(errors="replace").strip():
             log.warning("taking over the lock of a process that has ended: %s", left)
         os.ftruncate(handle, 0)

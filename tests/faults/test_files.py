@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REFERENCES
-from harness import Job, compare, killed_within
+from harness import Job, compare, killed_within, saves
 
 
 def checkpoints(job: Job) -> list[Path]:
@@ -147,3 +148,44 @@ def test_a_folder_that_cannot_be_written(job):
     assert ended.code == 1, ended.text
     assert "Permission denied" in ended.text and "Traceback" not in ended.text
     assert not list(job.run_dir.rglob("*.ckpt"))
+
+
+# ---- which checkpoints stay
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_keep_last(job, keep):
+    callback = {"class_path": "sdpo_lightning.StageCheckpoint"}
+    callback["init_args"] = {"every_n_train_steps": 1, "keep_last": keep}
+    ended = replace(job, more=(f"--trainer.callbacks={json.dumps([callback])}",)).start()
+    assert ended.code == 0, ended.text
+    steps = [int(path.stem.rpartition("=")[2]) for path in checkpoints(job)]
+    assert steps == list(range(max(steps), max(steps) - keep, -1))
+    # Nothing but they and their digests.
+    assert len(list((job.run_dir / "checkpoints").iterdir())) == 2 * keep
+
+
+def test_by_the_clock_each_stage_still_ends_with_a_checkpoint(job, whole):
+    callback = {"class_path": "sdpo_lightning.StageCheckpoint", "init_args": {"every_minutes": 60, "keep_last": 9}}
+    ended = replace(job, more=(f"--trainer.callbacks={json.dumps([callback])}",)).start()
+    assert ended.code == 0, ended.text
+    stages = [stage for stage, ends in saves(whole()[0].run_dir) if ends]
+    assert len(checkpoints(job)) == len(stages) == 3
+
+
+def test_a_pickle_is_not_opened(job, tmp_path):
+    path, sentinel = tmp_path / "evil.ckpt", tmp_path / "sentinel"
+    torch.save({"state_dict": Evil(str(sentinel))}, path)
+    ended = replace(job, more=(f"--ckpt_path={path}",)).start()
+    assert ended.code == 3 and "Traceback" not in ended.text, ended.text
+    assert not sentinel.exists()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
