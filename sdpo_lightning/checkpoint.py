@@ -147,6 +147,8 @@ class StageCheckpoint(ModelCheckpoint):
 
     def _after_step(self, trainer: pl.Trainer, stops: bool, ends: bool) -> None:
         """Leave if a signal asks for it, with a checkpoint of this step; delete old ones."""
+        if trainer.fast_dev_run:
+            return
         asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
         if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
             assert self.dirpath is not None
