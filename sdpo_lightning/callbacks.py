@@ -101,7 +101,8 @@ class StageTransition(pl.Callback):
         data = trainer.datamodule
         _set_layout(data, pl_module)
         if trainer.ckpt_path is not None:
-            return
+            # So that a finished run takes no turn.
+            return self._set_epochs(trainer, data.total_epochs())
         if data.needs_ranking and not trainer.fast_dev_run:
             log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
             inputs = self._m0_inputs(trainer, pl_module)
@@ -129,8 +130,7 @@ class StageTransition(pl.Callback):
         """After every restore: take up the plan, and the reference of a stage that is under way."""
         data = trainer.datamodule
         stages = data.stages()
-        if data.merge_ties:
-            self._set_epochs(trainer, sum(stage.epochs for stage in stages))
+        self._set_epochs(trainer, data.total_epochs())
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
         record = pl_module.record

@@ -8,7 +8,7 @@ import torch
 from helpers import make_rows, write_jsonl
 from runs import assert_same_weights, fit
 
-from sdpo_lightning import PreferenceSource
+from sdpo_lightning import PreferenceSource, checkpoint
 from sdpo_lightning.ledger import Ledger, plan_digest
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
@@ -116,3 +116,11 @@ def test_nothing_is_written_by_a_try(tmp_path, tiny_model_dir, sources):
 def test_checkpoints_hold_tensors_and_plain_values_only(stopped):
     content = torch.load(stopped / "checkpoints" / "stopped-step=4.ckpt", weights_only=True)
     assert plan_digest(content["run_plan"]) in Ledger.read(stopped).plans
+
+
+def test_a_small_disk_is_said_beforehand(tmp_path, tiny_model_dir, sources, monkeypatch, caplog):
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    fit(tmp_path / "run", tiny_model_dir, sources, trainer_args={"max_steps": 1})
+    # 24.9 thousand weights of 4 bytes: 3 * 2 of them in checkpoints, and an export.
+    assert "has 1,000 bytes free; checkpoints need about 69" in caplog.text

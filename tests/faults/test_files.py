@@ -173,6 +173,13 @@ def test_by_the_clock_each_stage_still_ends_with_a_checkpoint(job, whole):
     assert len(checkpoints(job)) == len(stages) == 3
 
 
+def test_debug_shows_the_traceback(job):
+    wrong = replace(job, more=("--model.beta=0",))
+    assert "Traceback" not in wrong.start().text
+    ended = replace(wrong, more=("--model.beta=0", "--debug")).start()
+    assert ended.code == 2 and "Traceback" in ended.text and "error: `model.beta` is 0" in ended.text
+
+
 def test_a_pickle_is_not_opened(job, tmp_path):
     path, sentinel = tmp_path / "evil.ckpt", tmp_path / "sentinel"
     torch.save({"state_dict": Evil(str(sentinel))}, path)

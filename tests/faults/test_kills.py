@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -109,3 +111,20 @@ def test_control_a_reference_that_stays_is_noticed(job, whole):
     assert ended.code == 0, ended.text
     with pytest.raises(AssertionError):
         compare(whole()[0].run_dir, job.run_dir)
+
+
+@pytest.mark.slow
+def test_a_process_that_nothing_was_forked_for(job, whole):
+    """As a user starts it: a new interpreter, SIGKILL in the middle, the same command again."""
+    command = [sys.executable, "-m", "sdpo_lightning", *job.words()]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = job.run_dir / "metrics.csv"
+    until = time.monotonic() + 100
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5) and time.monotonic() < until:
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    compare(whole()[0].run_dir, job.run_dir)

@@ -110,7 +110,9 @@ def _snapshot(job: Job) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
-def test_a_finished_run_is_left_alone(job):
+@pytest.mark.parametrize("more", [(), ("--model.reference=CachedReference", "--data.merge_ties=true")])
+def test_a_finished_run_is_left_alone(job, more):
+    job = replace(job, more=more)
     assert job.start().code == 0
     before = _snapshot(job)
     ended = job.start()
