@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint clean venv .venv
+.PHONY: demo test test-slow faults lint clean venv .venv
 
 # Rebuilt when what it is made from changes, or when its interpreter doesn't run.
 venv .venv:
@@ -22,6 +22,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# Every failpoint, and random kills: minutes.
+faults: venv
+	$(BIN)/python -m pytest tests/faults
 
 lint: venv
 	$(BIN)/ruff check .

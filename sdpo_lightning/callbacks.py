@@ -1,8 +1,9 @@
 """Rank 6: the stage boundary.
 
 Order at a boundary: the last epoch of stage t-1 ends and is checkpointed -> Lightning asks for the loader of
-stage t -> on its first batch: export of M_{t-1} -> the reference advances -> fresh optimizer and schedule ->
-self-check -> first step. The swap is keyed on the saved index of the entered stage, not on an epoch hook:
+stage t -> on its first batch: export of M_{t-1} -> ledger "t-1 done" -> the reference advances -> ledger "t open" ->
+fresh optimizer and schedule -> self-check -> first step. A process that ends anywhere in between goes on from that
+checkpoint. The swap is keyed on the saved index of the entered stage, not on an epoch hook:
 those are skipped on some resumes.
 """
 
@@ -12,27 +13,26 @@ import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checks import check_disks, check_run_dir, check_strategy, check_trainer
+from sdpo_lightning.checkpoint import DurableCheckpointIO
+from sdpo_lightning.checks import check_disks, check_optimizers, check_run_dir, check_strategy, check_trainer
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
+from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
-from sdpo_lightning.types import (
-    ConfigurationError,
-    PairLogps,
-    PreferenceBatch,
-    ReferenceInputs,
-    SelfCheckError,
-    Stage,
-)
+from sdpo_lightning.run_lock import RunLock
+from sdpo_lightning.run_state import close_stage, leaves_files, lock_run, open_stage, take_up
+from sdpo_lightning.self_check import compare_logps, stop_if
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch, ReferenceInputs, Stage
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ class StageTransition(pl.Callback):
 
     # The first batch of a stage, until its logps are compared.
     _unchecked: PreferenceBatch | None = None
+
+    def __init__(self) -> None:
+        self._lock = RunLock()
 
     def should_advance(self, trainer: pl.Trainer, stage: Stage) -> bool:
         """Whether the reference becomes M_{t-1} at the start of stage t > 1. Override to hold it back."""
@@ -60,6 +63,8 @@ class StageTransition(pl.Callback):
         """
         check_strategy(trainer, pl_module)
         check_disks(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1
@@ -70,6 +75,8 @@ class StageTransition(pl.Callback):
         check_trainer(trainer)
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
+        if leaves_files(trainer):
+            lock_run(trainer, self._lock)
 
     @staticmethod
     def _set_epochs(trainer: pl.Trainer, total: int) -> None:
@@ -89,7 +96,8 @@ class StageTransition(pl.Callback):
         data = trainer.datamodule
         _set_layout(data, pl_module)
         if trainer.ckpt_path is not None:
-            return
+            # So that a finished run takes no turn.
+            return self._set_epochs(trainer, data.total_epochs())
         if data.needs_ranking and not trainer.fast_dev_run:
             log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
             inputs = self._m0_inputs(trainer, pl_module)
@@ -117,11 +125,12 @@ class StageTransition(pl.Callback):
         """After every restore: take up the plan, and the reference of a stage that is under way."""
         data = trainer.datamodule
         stages = data.stages()
-        if data.merge_ties:
-            self._set_epochs(trainer, sum(stage.epochs for stage in stages))
+        self._set_epochs(trainer, data.total_epochs())
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
         record = pl_module.record
+        if trainer.ckpt_path is not None and leaves_files(trainer):
+            take_up(trainer, pl_module, stages)
         if record.entered:
             self._read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
@@ -149,7 +158,7 @@ class StageTransition(pl.Callback):
         record = pl_module.record
         assert stage.index == record.entered + 1, f"stage {stage.index} follows stage {record.entered}"
         if stage.index > 1:
-            exporter(trainer).export(trainer, pl_module, pl_module.stage)
+            _leave(trainer, pl_module, pl_module.stage)
         advances = stage.index == 1 or self.should_advance(trainer, stage)
         inputs = self._inputs(trainer, pl_module, stage)
         if advances:
@@ -157,13 +166,19 @@ class StageTransition(pl.Callback):
             record.reference = stage.index - 1
         else:
             pl_module.reference.stay(stage, inputs)
+        failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
+        if leaves_files(trainer):
+            open_stage(trainer, pl_module, stage)
+            failpoint("after_open")
         if stage.index > 1:
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
+        check_optimizers(trainer, pl_module)
         self._check_weights(trainer, pl_module, stage, advances)
         pl_module.last_logps = None
+        failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
         self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
@@ -192,15 +207,15 @@ class StageTransition(pl.Callback):
         if batch is None:
             return
         problem, logps = "", pl_module.last_logps
-        differs = logps is None or bool(_compare_logps(pl_module, batch, *logps))
+        differs = logps is None or bool(compare_logps(pl_module, batch, *logps))
         # All ranks or none: a forward of a sharded model is a collective.
         if trainer.strategy.reduce_boolean_decision(differs, all=False):
             # Dropout, say, shifts the policy in training mode; without it, does it agree?
             pl_module.policy.eval()
             policy = pl_module.score(pl_module.policy, batch)
             pl_module.policy.train()
-            problem = _compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
-        _stop_if(trainer, pl_module.stage, problem)
+            problem = compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
+        stop_if(trainer, pl_module.stage, problem)
 
     @staticmethod
     def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, advances: bool) -> None:
@@ -213,13 +228,18 @@ class StageTransition(pl.Callback):
             found = pl_module.reference.digest()
             if found is not None and found != expected:
                 problem = f"the reference has sha {found[:12]}, M_{stage.index - 1} has {expected[:12]}"
-        _stop_if(trainer, stage, problem)
+        stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """An interrupted step leaves no copies of weights behind."""
         CASTS.release()
+        self._lock.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the run directory."""
+        self._lock.release()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export M_T if the plan is complete; else say where the run stopped."""
@@ -227,11 +247,11 @@ class StageTransition(pl.Callback):
             return
         stages = trainer.datamodule.stages()
         if _is_complete(trainer, stages) and trainer.is_last_batch:
-            exporter(trainer).export(trainer, pl_module, stages[-1])
+            _leave(trainer, pl_module, stages[-1])
             return
         stage = pl_module.stage or stages[0]
         log.warning(
-            "stopped inside stage %d %r at step %d: M_%d is not exported",
+            "stopped inside stage %d %r at step %d: M_%d is not exported; a resumed run goes on there",
             stage.index,
             stage.name,
             trainer.global_step,
@@ -244,9 +264,10 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is None or trainer.fast_dev_run or not data.is_ranked:
             return
         stages = data.stages()
-        folder = run_dir(trainer) / "stages" / stages[-1].folder_name
-        if pl_module.stage is None and _is_complete(trainer, stages) and not from_first_rank(folder.exists):
-            exporter(trainer).export(trainer, pl_module, stages[-1])
+        if pl_module.stage is None and _is_complete(trainer, stages):
+            take_up(trainer, pl_module, stages)
+            _leave(trainer, pl_module, stages[-1])
+            log.info("already complete: %s", run_dir(trainer))
 
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -278,6 +299,13 @@ class StageTransition(pl.Callback):
         self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
 
 
+def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    exporter(trainer).export(trainer, pl_module, stage)
+    if leaves_files(trainer):
+        close_stage(trainer, pl_module, stage)
+        failpoint("after_ledger")
+
+
 def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> None:
     multiple = data.batching.pad_to_multiple_of
     # A sharded model was looked at when it was read.
@@ -291,27 +319,3 @@ def _m0_path(trainer: pl.Trainer) -> Path:
 
 def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:
     return trainer.fit_loop.epoch_progress.current.processed >= stages[-1].first_epoch + stages[-1].epochs
-
-
-def _compare_logps(
-    pl_module: pl.LightningModule, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps
-) -> str:
-    fp32 = str(pl_module.trainer.precision) == "32-true"
-    tolerance = pl_module.reference.tolerance if fp32 else pl_module.reference.tolerance_bf16
-    real = batch.weights > 0
-    worst = 0.0
-    for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
-        relative = (ours - theirs).abs() / ours.abs().clamp(min=1)
-        worst = max(worst, relative[real].max().item() if bool(real.any()) else 0.0)
-    if worst <= tolerance:
-        return ""
-    return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"
-
-
-def _stop_if(trainer: pl.Trainer, stage: Stage, problem: str) -> None:
-    """Raise on all ranks if one has a problem."""
-    if trainer.strategy.reduce_boolean_decision(bool(problem), all=False):
-        raise SelfCheckError(
-            f"self-check at the first step of stage {stage.index} {stage.name!r}: "
-            f"{problem or 'another rank failed it'}"
-        )

@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdpo_lightning.types import ConfigurationError
+from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.stopping import STOP
+from sdpo_lightning.types import ConfigurationError, ResumeError
+
+log = logging.getLogger(__name__)
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, on the disk itself, with their digest; read without pickles."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one.
+
+        Raises:
+            ConfigurationError: it lacks what a resume needs.
+            OSError: it can't be written.
+        """
+        if "stage_record" not in checkpoint:
+            raise ConfigurationError("the checkpoint has no stage record: `on_save_checkpoint` must call `super()`'s")
+        save_file_atomically(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read one: tensors and plain values only.
+
+        Raises:
+            ResumeError: it is damaged, or holds other objects.
+        """
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ResumeError(f"`ckpt_path`: {path} is damaged or no checkpoint of tensors ({reason})") from error
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete one and its digest."""
+        remove_checkpoint(Path(path))
 
 
 class StageCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint that defers a save due on an epoch's last batch to the epoch's end.
 
-    A save in between belongs to neither epoch: Lightning resumes from it in the middle of the next stage.
+    A save in between belongs to neither epoch: Lightning resumes from it in the middle of the next stage. Whatever the
+    triggers, there is a checkpoint of a stage's end: the next stage's reference is exported from it.
 
     Args:
         dirpath: default `<default_root_dir>/checkpoints`.
@@ -27,6 +74,8 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_train_steps: optimizer steps between saves.
         train_time_interval: time between saves.
         every_n_epochs: epochs between saves; the default is 1 if no other trigger is given.
+        every_minutes: minutes between saves, as `train_time_interval`.
+        keep_last: checkpoints that stay, where neither `monitor` nor `save_top_k` says otherwise.
     """
 
     def __init__(
@@ -40,7 +89,17 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None,
         every_n_epochs: int | None = None,
+        every_minutes: float | None = None,
+        keep_last: int = 1,
     ) -> None:
+        if keep_last < 1:
+            raise ConfigurationError(f"`keep_last` of StageCheckpoint is {keep_last}, expected at least 1")
+        if every_minutes is not None:
+            train_time_interval = timedelta(minutes=every_minutes)
+        self.keep_last = keep_last
+        self._rotates = monitor is None and save_top_k == 1
+        if self._rotates and keep_last > 1:
+            save_top_k = -1
         super().__init__(
             dirpath=dirpath,
             filename=filename,
@@ -63,6 +122,45 @@ class StageCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen for signals, and say if the disk is too small; where others keep checkpoints too, delete none."""
+        super().on_train_start(trainer, pl_module)
+        self._rotates &= all(callback is self for callback in trainer.checkpoint_callbacks)
+        environment = trainer._accelerator_connector.cluster_environment
+        # A requeueing SLURM job has its own way to end.
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        if STOP.is_heard() and not requeues:
+            STOP.take_over()
+            STOP.deferred = True
+        if trainer.is_global_zero:
+            self._warn_of_a_small_disk(pl_module)
+
+    def _warn_of_a_small_disk(self, pl_module: pl.LightningModule) -> None:
+        assert self.dirpath is not None
+        weights = sum(p.numel() * p.element_size() for p in pl_module.trainable())
+        # AdamW's two states; one more than is kept, while it is written; and M_t.
+        needed = 3 * weights * (self.keep_last + 1) + weights
+        folder = next(folder for folder in (Path(self.dirpath), *Path(self.dirpath).parents) if folder.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            log.warning("%s has %s bytes free; checkpoints need about %s", folder, f"{free:,}", f"{needed:,}")
+
+    def _after_step(self, trainer: pl.Trainer, stops: bool, ends: bool) -> None:
+        """Leave if a signal asks for it, with a checkpoint of this step; delete old ones."""
+        if trainer.fast_dev_run:
+            return
+        asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
+        if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
+            assert self.dirpath is not None
+            name = f"{'stage-end' if ends else 'stopped'}-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(Path(self.dirpath) / name)
+            self._last_global_step_saved = trainer.global_step
+        if self._rotates and self._last_global_step_saved == trainer.global_step:
+            from_first_rank(lambda: keep_newest(Path(self.dirpath or ""), self.keep_last))
+        if asked:
+            log.warning("stopped by a signal at step %d; start the same command to go on", trainer.global_step)
+            STOP.leave()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -74,9 +172,7 @@ class StageCheckpoint(ModelCheckpoint):
             return
         self._step = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.should_stop or trainer.global_step == trainer.max_steps:
-            assert self.dirpath is not None
-            trainer.save_checkpoint(Path(self.dirpath) / f"stopped-step={trainer.global_step}.ckpt")
+        self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps, False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the epoch ends here."""
@@ -96,6 +192,9 @@ class StageCheckpoint(ModelCheckpoint):
         if validated:
             super().on_validation_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
+        stage = pl_module.stage
+        ends = trainer.current_epoch + 1 == stage.first_epoch + stage.epochs and self.save_top_k != 0
+        self._after_step(trainer, False, ends)
 
 
 def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:

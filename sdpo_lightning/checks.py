@@ -117,6 +117,22 @@ def _touch(path: Path) -> None:
     path.touch()
 
 
+def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse to train what isn't the module's, such as the reference.
+
+    Raises:
+        ConfigurationError: saying how many tensors.
+    """
+    own = {id(parameter) for parameter in pl_module.parameters()}
+    stepped = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in stepped)
+    if foreign:
+        raise ConfigurationError(
+            f"`configure_optimizers` gives the optimizer {foreign} tensors that aren't parameters of the module, "
+            "perhaps the reference's; use `self.trainable()`"
+        )
+
+
 def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse to train a new run into the folder of an earlier one, or from a module that has trained.
 

@@ -1,7 +1,7 @@
 """Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank`, `estimate` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
-a cache is refused.
+a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
+from sdpo_lightning.checkpoint_files import find_checkpoint, problem_of
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.run_lock import check_free
+from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
 
 
@@ -114,6 +121,8 @@ class ConfigAfterChecks(SaveConfigCallback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             path = str(folder / "config.yaml")
+            # Whoever starts a run from this file doesn't mean to go on from that checkpoint.
+            self.config.ckpt_path = None
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
 
@@ -184,6 +193,42 @@ class CurriculumCLI(LightningCLI):
         checkpoint = self.config[self.subcommand].get("ckpt_path")
         if checkpoint is not None and not Path(checkpoint).exists():
             raise ConfigurationError(f"`ckpt_path`: there is no {checkpoint!r}")
+        if self.subcommand == "fit":
+            self._go_on_from = self._checkpoint_to_go_on_from(checkpoint)
+
+    def _checkpoint_to_go_on_from(self, given: str | None) -> str | None:
+        run_dir, resume = Path(self.config.fit.trainer.default_root_dir), self.config.fit.resume
+        if self.config.fit.trainer.fast_dev_run:
+            return given
+        if rank_zero_only.rank == 0:
+            check_free(run_dir)
+        if given is not None:
+            if (problem := problem_of(Path(given), required=False)):
+                raise ResumeError(f"`ckpt_path`: {given} is damaged: {problem}; take another one of the run")
+            return given
+        if SLURMEnvironment.detect() and any(run_dir.glob("hpc_ckpt_*.ckpt")):
+            # Lightning's own way, for jobs that requeue themselves.
+            return None
+        found = find_checkpoint(run_dir, resume)
+        if found is not None and rank_zero_only.rank == 0:
+            print(f"going on from {found}")
+        return None if found is None else str(found)
+
+    def before_fit(self) -> None:
+        """Go on where the run directory says; not in the config, so that a checkpoint's settings override nothing."""
+        self.config_init.fit.ckpt_path = self._go_on_from
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--resume`, to all verbs, so that a run's `config.yaml` serves them all."""
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "never"],
+            default="auto",
+            help="fit: go on with the run in `trainer.default_root_dir`, or refuse a folder that isn't empty.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would have a checkpoint's hyper-parameters override the command line without a word."""
 
 
 class EstimateCLI(CurriculumCLI):
@@ -239,6 +284,8 @@ def main(
         SystemExit: with the exit codes above, other than 0.
     """
     words = sys.argv[1:] if args is None else list(args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # A bar for each weight file says nothing that our own lines don't.
@@ -252,15 +299,18 @@ def main(
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
-            CurriculumCLI(model_class, datamodule_class, args)
+            with STOP.listening() if words[:1] == ["fit"] else nullcontext():
+                CurriculumCLI(model_class, datamodule_class, words)
     except (ConfigurationError, MisconfigurationException) as error:
-        _stop(error, 2)
+        _stop(error, 2, debug)
     except ResumeError as error:
-        _stop(error, 3)
-    except (SelfCheckError, FloatingPointError) as error:
-        _stop(error, 1)
+        _stop(error, 3, debug)
+    except (SelfCheckError, FloatingPointError, OSError) as error:
+        _stop(error, 1, debug)
 
 
-def _stop(error: Exception, code: int) -> NoReturn:
+def _stop(error: Exception, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code)

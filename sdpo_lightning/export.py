@@ -8,7 +8,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
+from sdpo_lightning.ledger import Ledger
+from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import Stage
 
 log = logging.getLogger(__name__)
@@ -26,13 +29,26 @@ class StageExport(pl.Callback):
             stage: the stage that has ended.
         """
         folder = Path("stages") / stage.folder_name
-        pl_module.record.digests[stage.index] = weights_digest(pl_module.policy)
+        digest = weights_digest(pl_module.policy)
+        pl_module.record.digests[stage.index] = digest
         pl_module.record.folders[stage.index] = str(folder)
         target, tokenizer = run_dir(trainer) / folder, trainer.datamodule.tokenizer
+        merged = target.with_name(f"{target.name}-merged")
+        merges = pl_module.lora is not None and pl_module.lora.export_merged
+        if from_first_rank(lambda: _is_there(run_dir(trainer), stage, digest) and (not merges or merged.is_dir())):
+            log.info("M_%d is there already, in %s", stage.index, folder)
+            return
+        failpoint("before_export")
         save_hf(pl_module.policy, target, tokenizer)
-        if pl_module.lora is not None and pl_module.lora.export_merged:
-            save_merged(pl_module.policy, target.with_name(f"{target.name}-merged"), tokenizer)
+        if merges:
+            save_merged(pl_module.policy, merged, tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
+        failpoint("after_export")
+
+
+def _is_there(run_dir: Path, stage: Stage, digest: str) -> bool:
+    ledger = Ledger.read(run_dir)
+    return ledger is not None and ledger.adopts(run_dir, stage.index, digest)
 
 
 def exporter(trainer: pl.Trainer) -> StageExport:

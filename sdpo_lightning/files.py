@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdpo_lightning.ranks import from_first_rank
+from safetensors import SafetensorError
+
+from sdpo_lightning.failpoints import failpoint
+from sdpo_lightning.ranks import from_first_rank, is_first
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -20,7 +24,32 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
+    publish(staging, path)
+
+
+def publish(staging: Path, path: Path) -> None:
+    """Give a finished file its name, so that it outlives a power cut."""
+    fsync(staging)
     os.replace(staging, path)
+    fsync(path.parent)
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a killed process was writing."""
+    for folder in (run_dir, *(run_dir / name for name in ("checkpoints", "stages", "references"))):
+        for path in folder.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for inner in sorted(inner for inner in path.rglob("*") if inner.is_file()):
+            digest.update(f"{inner.relative_to(path)}:{file_digest(inner)};".encode())
+        return digest.hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @contextmanager
@@ -34,8 +63,29 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     staging = folder.with_name(f".{folder.name}.tmp")
     from_first_rank(lambda: _begin(staging))
-    yield staging
-    from_first_rank(lambda: _publish(staging, folder))
+    try:
+        yield staging
+        from_first_rank(lambda: _publish(staging, folder))
+    except (OSError, SafetensorError) as error:
+        if is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(cannot_write(folder, error)) from error
+
+
+def cannot_write(path: Path, error: Exception, size: int | None = None) -> str:
+    """What to say of a file or folder that couldn't be written.
+
+    Args:
+        path: its place.
+        error: what was met.
+        size: bytes that it needs, where that is known.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    needs = f"it needs about {size:,} bytes, " if size is not None else ""
+    return (
+        f"{path} can't be written ({error}); {needs}{folder} has {shutil.disk_usage(folder).free:,} bytes free. "
+        "Earlier checkpoints are intact: make room and start the same command"
+    )
 
 
 def _begin(staging: Path) -> None:
@@ -45,13 +95,16 @@ def _begin(staging: Path) -> None:
 
 def _publish(staging: Path, folder: Path) -> None:
     for path in staging.iterdir():
-        _fsync(path)
+        fsync(path)
+    fsync(staging)
+    failpoint("before_rename")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staging, folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

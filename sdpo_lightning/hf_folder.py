@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sdpo_lightning.adapters import TRAINED, adapter_state, merged_state, write_adapter
 from sdpo_lightning.backbone import CausalBackbone
+from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import new_folder
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import is_sharded, whole_tensors
@@ -43,6 +44,7 @@ def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokeniz
             from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=whole))
         else:
             _stream(backbone, staging)
+        failpoint("mid_export")
         from_first_rank(lambda: tokenizer.save_pretrained(staging))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
@@ -25,6 +27,7 @@ from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
 from sdpo_lightning.contamination import ContaminationGuard
+from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
@@ -37,6 +40,7 @@ from sdpo_lightning.optimization import StageOptimization
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
+from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
@@ -117,6 +121,7 @@ class DPOLitModule(StageOptimization):
         self.record = StageRecord()
         self.m0_logps: LogpTable | None = None
         self.random_states: list[dict[str, Any]] | None = None
+        self.resumed_plan: dict[str, Any] = {}
         self.last_logps: tuple[PairLogps, PairLogps] | None = None
         self.step_metrics = PreferenceMetrics()
         self.val_metrics = nn.ModuleList()
@@ -184,9 +189,27 @@ class DPOLitModule(StageOptimization):
             frozen = frozen_adapter(self.policy, None if folder is None else run_dir / folder)
             check_reference_digest(index, path, frozen.digest(), self.record.digests[index])
             return frozen
-        weights = self._load(path).to(self.device)
+        if folder is not None and not from_first_rank((run_dir / folder).is_dir):
+            raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
+        try:
+            weights = self._load(path).to(self.device)
+        except (ConfigurationError, OSError, SafetensorError) as error:
+            if folder is None:
+                raise
+            raise ResumeError(f"reference M_{index} sha mismatch: {path} is damaged ({error})") from error
         check_reference_digest(index, path, weights_digest(weights), self.record.digests[index])
         return weights
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that a resumed run must agree on. Override to add those of an own loss."""
+        return super().settings() | {
+            "model.beta": self.beta,
+            "model.label_smoothing": self.label_smoothing,
+            "model.disable_dropout": self.disable_dropout,
+            "trainer.precision": str(self.trainer.precision),
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": str(self.trainer.gradient_clip_algorithm),
+        }
 
     # ---- the loss
 
@@ -212,6 +235,7 @@ class DPOLitModule(StageOptimization):
         policy = self.compute_logps(self.policy, batch)
         self.last_logps = (policy.detach(), reference)
         losses = self.preference_loss(policy, reference)
+        self.watch(batch, losses, policy, reference)
         self._update(self.step_metrics, losses, policy, reference, batch)
         total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
         # Lightning divides by the accumulation and DDP by the ranks; the mean is over the real pairs.
@@ -283,13 +307,14 @@ class DPOLitModule(StageOptimization):
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
         checkpoint["random_states"] = collect_random_states()
+        checkpoint["run_plan"] = run_plan(self.trainer, self)
         into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the stage record over, and refuse another S.
+        """Take the stage record over, and refuse another S, and in `fit` other settings.
 
         Raises:
-            ResumeError: the checkpoint is of another S.
+            ResumeError: the checkpoint is of another S, or was trained under other settings.
         """
         if "stage_record" not in checkpoint:
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
@@ -300,5 +325,8 @@ class DPOLitModule(StageOptimization):
                 f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
                 f"with {record.digests[0][:12]}"
             )
+        self.resumed_plan = checkpoint["run_plan"]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            compare_plans(self.resumed_plan, self.settings())
         self.record = record
         self.random_states = checkpoint["random_states"]

@@ -1,4 +1,4 @@
-"""Rank 4: an optimizer and a schedule of each stage's own; gradients measured once, clipped, freed."""
+"""Rank 5: an optimizer and a schedule of each stage's own; gradients measured once, clipped, freed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.data.prepare import row_number
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
-from sdpo_lightning.types import ConfigurationError, Stage
+from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage
+
+# Options of an optimizer that choose its kernels.
+_SPEED_ONLY = ("fused", "foreach", "capturable", "differentiable")
 
 
 class StageOptimization(pl.LightningModule):
@@ -38,6 +42,8 @@ class StageOptimization(pl.LightningModule):
         self.warmup_ratio = warmup_ratio
         self.stage: Stage | None = None
         self.grad_norm = float("nan")
+        # (pair ids, which of them aren't finite) of each micro-batch of the step.
+        self._watched: list[tuple[Tensor, Tensor]] = []
         self.learning_rate = float("nan")
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -48,6 +54,17 @@ class StageOptimization(pl.LightningModule):
         optimizer = self.make_optimizer(self.trainable())
         scheduler = LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that a resumed run must agree on: optimizer and schedule."""
+        probe = self.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
+        given = {k: _plain(v) for k, v in probe.defaults.items() if k not in _SPEED_ONLY}
+        return {
+            "model.optimizer": type(probe).__name__,
+            **{f"model.optimizer.{key}": value for key, value in given.items()},
+            "model.lr_scheduler": self.schedule,
+            "model.warmup_ratio": self.warmup_ratio,
+        }
 
     def trainable(self) -> list[nn.Parameter]:
         """What the optimizer steps on; the reference isn't registered, so it is never among them."""
@@ -62,17 +79,40 @@ class StageOptimization(pl.LightningModule):
         """Measure the gradient before it is clipped, and stop a run before a non-finite step.
 
         Raises:
-            FloatingPointError: the gradient isn't finite; no weight has changed.
+            FloatingPointError: gradient, loss or logps aren't finite; no weight has changed.
         """
         CASTS.release()
         grads = [p.grad for p in self.trainable() if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm(grads).item()
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(self.grad_norm):
-            raise FloatingPointError(
-                f"gradient norm {self.grad_norm} before optimizer step {self.trainer.global_step + 1}; "
-                "no weight was changed. Lower the learning rate or look at the pairs of this step"
-            )
+        watched, self._watched = self._watched, []
+        stops = not math.isfinite(self.grad_norm) or any(bool(bad.any()) for _, bad in watched)
+        if self.trainer.strategy.reduce_boolean_decision(stops, all=False):
+            raise FloatingPointError(self._not_finite(watched))
+
+    def watch(self, batch: PreferenceBatch, losses: Tensor, *logps: PairLogps) -> None:
+        """Note which pairs of a micro-batch aren't finite; asked for before the optimizer step.
+
+        Args:
+            batch: of B pairs.
+            losses: `[B]`.
+            logps: of the policy and of the reference, each `[B]`.
+        """
+        values = torch.stack([losses.detach(), *(t.detach() for side in logps for t in (side.chosen, side.rejected))])
+        self._watched.append((batch.pair_id, ~values.isfinite().all(0) & (batch.weights > 0)))
+
+    def _not_finite(self, watched: list[tuple[Tensor, Tensor]]) -> str:
+        """What to say of a step that isn't taken."""
+        ids = [i for pair_id, bad in watched for i in pair_id[bad].tolist()]
+        what = "loss or logps aren't finite" if ids else f"gradient norm {self.grad_norm}"
+        ids = ids or [i for pair_id, _ in watched for i in pair_id.tolist()]
+        data = self.trainer.datamodule
+        pairs = [f"{i} ({data.source_of(i)} row {row_number(i)})" for i in ids[:8]]
+        more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+        return (
+            f"{what} before optimizer step {self.trainer.global_step + 1}; no weight was changed. Pairs: "
+            f"{', '.join(pairs)}{more}. Lower the learning rate or look at these pairs; a checkpoint of before stays"
+        )
 
     def configure_gradient_clipping(
         self,
@@ -107,3 +147,9 @@ class StageOptimization(pl.LightningModule):
     def on_train_end(self) -> None:
         """Training may end within an accumulation."""
         CASTS.release()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float | str | None) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.casts import CASTS
+from sdpo_lightning.failpoints import failpoint
+from sdpo_lightning.files import publish
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import (
     ConfigurationError,
     LogpTable,
@@ -29,6 +32,7 @@ from sdpo_lightning.types import (
 
 ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
 _SCHEMA = "1"
+log = logging.getLogger(__name__)
 
 
 class ReferencePolicy(ABC):
@@ -169,6 +173,8 @@ class CachedReference(ReferencePolicy):
         """Read the stage's file if its key fits; else compute it again from M_{t-1}."""
         self._table = from_first_rank(lambda: read_table(_table_path(inputs.folder, stage), cache_key(inputs)))
         if self._table is None:
+            path = _table_path(inputs.folder, stage)
+            log.warning("%s is missing or of other weights or rows: its logps are computed again", path)
             self.advance(load_weights(), stage, inputs)
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
@@ -200,6 +206,7 @@ def score_pairs(
     try:
         with torch.no_grad(), CASTS.held():
             for batch in batches:
+                STOP.leave_if_asked()
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)
                 if have is None or not bool(have.all()):
@@ -207,6 +214,7 @@ def score_pairs(
                 columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
                 real = batch.weights > 0
                 rows.append(tuple(column[real].cpu() for column in columns))
+                failpoint("mid_precompute")
     finally:
         model.train(was_training)
     ids, *columns = _gather(rows)
@@ -252,9 +260,8 @@ def write_table(path: Path, table: LogpTable, key: str) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
     save_file(tensors, staging, metadata={"key": key})
-    with staging.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(staging, path)
+    failpoint("before_publish")
+    publish(staging, path)
 
 
 def read_table(path: Path, key: str | None) -> LogpTable | None:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
+from sdpo_lightning.checkpoint_files import commit, remove_checkpoint
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import Sharding
 from sdpo_lightning.types import ConfigurationError, ResumeError
@@ -117,7 +118,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         from_first_rank(lambda: shutil.rmtree(staging, ignore_errors=True))
         super().save_checkpoint(checkpoint, staging, storage_options)
         self.barrier("checkpoint")
-        from_first_rank(lambda: _publish(staging, path))
+        from_first_rank(lambda: commit(staging, path))
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a folder and its digest."""
+        if self.is_global_zero:
+            remove_checkpoint(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the model's shards, on however many ranks they were written; the optimizer's follow later.
@@ -148,11 +154,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
             dcp.load(state, checkpoint_id=self._restoring)
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
-
-
-def _publish(staging: Path, path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    staging.rename(path)
 
 
 def sharding_of(strategy: Any) -> Sharding | None:

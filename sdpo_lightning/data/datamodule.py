@@ -1,4 +1,4 @@
-"""Rank 5: sources -> stages; the loader of the current stage.
+"""Rank 6: sources -> stages; the loader of the current stage.
 
 The walk: `setup` reads and tokenises the sources (no weights so far) -> the transition callback scores them
 by M_0 and calls `rank` -> `partition` makes chunks -> `stages` -> each epoch `train_dataloader` gives the
@@ -23,7 +23,6 @@ from sdpo_lightning.data.curriculum import (
     chunk_pooled,
     chunks_by_source,
     chunks_random,
-    compare_plans,
     epochs_of,
     order_groups,
     pair_gamma,
@@ -34,6 +33,7 @@ from sdpo_lightning.data.curriculum import (
 )
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.passes import Batching, Passes
+from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.data.tokenizing import check_processes
@@ -116,7 +116,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
         self._ranking_requested = False
-        self._rows_digest: str | None = None
+        self._row_hashes: dict[str, Tensor] | None = None
         self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
         self._layout_before: str | None = None
         check_groups([source.name for source in sources], self.groups, partition)
@@ -303,9 +303,12 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The decided chunks and the scores behind them, as plain values and tensors."""
-        chunks = self._chunks or []
+        chunks, plan = self._chunks or [], self.plan()
+        assert self.trainer is not None
         return {
-            "plan": self._plan(),
+            "plan": plan.values(),
+            "rows": dict(plan.rows),
+            "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
             "chunk_names": [chunk.name for chunk in chunks],
@@ -313,22 +316,18 @@ class CurriculumDataModule(pl.LightningDataModule):
             "scores": {name: report.scores() for name, report in self.reports.items()},
         }
 
-    def _plan(self) -> dict[str, Any]:
+    def plan(self) -> DataPlan:
         """All that decides which pair a step sees."""
-        trainer = self.trainer
-        assert trainer is not None
-        if self._rows_digest is None:
-            self._rows_digest = self.store.digest(self.train_ids() + self.val_ids())
-        return {
-            "tokenised rows of data.sources (sha256)": self._rows_digest,
-            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "trainer.limit_train_batches": trainer.limit_train_batches,
-            **self.batching.plan(trainer.world_size),
+        if self._row_hashes is None:
+            self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
+        settings = self._passes(self.collator).settings() | {
             "data.partition": self.partition_kind,
             "data.order": self.order,
-            "data.stages": self.groups,
-            "data.epochs_per_stage": self.epochs_per_stage,
+            "data.epochs_per_stage": {c.name: epochs_of(self.epochs_per_stage, c.name) for c in self._chunks or ()},
         }
+        own = type(self).partition is CurriculumDataModule.partition
+        by_group = own and self.partition_kind == "by_source" and not self.merge_ties
+        return DataPlan(self._row_hashes, settings, self.groups, by_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the chunks of a checkpoint: nothing is ranked again.
@@ -336,12 +335,13 @@ class CurriculumDataModule(pl.LightningDataModule):
         Raises:
             ResumeError: a setting or the data isn't what the checkpoint's run had.
         """
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            compare_plans(state_dict["plan"], self._plan())
-            self._layout_before = state_dict["layout"]
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._layout_before = state_dict["layout"]
+            self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)
+            self.source_order += [name for name in self.reports if name not in self.source_order]
         for name, row in state_dict["scores"].items():
             if name in self.reports:
                 self.reports[name].take_scores(row)

@@ -79,6 +79,14 @@ class Passes:
     accumulate: int
     limit: float
 
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must agree on."""
+        return {
+            "trainer.accumulate_grad_batches": self.accumulate,
+            "trainer.limit_train_batches": self.limit,
+            **self.batching.plan(self.world_size),
+        }
+
     def loader(self, ids: Sequence[int]) -> StageLoader:
         """Each of the pairs once, in this order."""
         return self._loader(ids, 1, None)

@@ -68,6 +68,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def row_number(pair_id: int) -> int:
+    """The row, counted from 1, of its file."""
+    return (pair_id & (VAL_FIRST_ROW - 1)) + 1
+
+
 @dataclass(frozen=True)
 class Preparation:
     """How sources become tokenised pairs.
@@ -228,7 +233,7 @@ def _build_part(
     done = tokenize_rows(rows, len(loaded.rows), how.tokenize, strict, count, out, source.name)
     rows.unlink()
     if done.bad is not None:
-        number = (done.bad[0] & (VAL_FIRST_ROW - 1)) + 1
+        number = row_number(done.bad[0])
         raise ConfigurationError(f"source {source.name!r}, row {number}: {done.bad[1]} (`data.on_bad_row: error`)")
     total = loaded.dropped | done.dropped
     if not done.pairs:

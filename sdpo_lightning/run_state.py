@@ -1,0 +1,135 @@
+"""Rank 5: what a run commits to its ledger, and how a resumed run takes it up again."""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from sdpo_lightning.export import run_dir
+from sdpo_lightning.files import file_digest, sweep
+from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Weights
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_lock import RunLock
+from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
+
+log = logging.getLogger(__name__)
+
+
+def leaves_files(trainer: pl.Trainer) -> bool:
+    """Whether this is a run: not a try with `fast_dev_run`, not the verb `rank`."""
+    return not trainer.fast_dev_run and bool(trainer.limit_train_batches)
+
+
+def run_plan(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """All that a resumed run must agree on, as plain values."""
+    return trainer.datamodule.plan().values() | pl_module.settings()
+
+
+def lock_run(trainer: pl.Trainer, lock: RunLock) -> None:
+    """Make sure that no other process uses the run directory, and remove what a dead one was writing. A collective.
+
+    Raises:
+        ConfigurationError: one does.
+        OSError: the directory isn't writable.
+    """
+
+    def take() -> None:
+        lock.take(run_dir(trainer))
+        sweep(run_dir(trainer))
+
+    from_first_rank(take)
+
+
+def open_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    """Commit that a stage has begun. A collective."""
+    plan = run_plan(trainer, pl_module)
+
+    def commit() -> None:
+        ledger = Ledger.read(run_dir(trainer)) if stage.index > 1 else None
+        if ledger is None:
+            ledger = Ledger({}, [], [])
+        ledger.take_plan(plan)
+        ledger.checkpoints = _checkpoint_folders(trainer)
+        del ledger.stages[stage.index - 1 :]
+        ledger.stages.append(_entry(trainer, pl_module.record, stage, pl_module.record.reference))
+        ledger.write(run_dir(trainer))
+
+    from_first_rank(commit)
+
+
+def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    """Commit that M_t is written. A collective."""
+    digest, folder = pl_module.record.digests[stage.index], pl_module.record.folders[stage.index]
+
+    def commit() -> None:
+        ledger = Ledger.read(run_dir(trainer))
+        assert ledger is not None, "a stage ends that has not begun"
+        entry = ledger.stages[stage.index - 1]
+        output = Weights(folder, digest, file_digest(run_dir(trainer) / folder))
+        if (entry.output, entry.status) != (output, "done"):
+            entry.output, entry.status = output, "done"
+            ledger.write(run_dir(trainer))
+
+    from_first_rank(commit)
+
+
+def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Stage]) -> None:
+    """Compare the checkpoint with the ledger, and set aside what lies behind it. A collective.
+
+    Raises:
+        ConfigurationError: the module didn't read its part of the checkpoint.
+        ResumeError: the checkpoint doesn't belong to the ledger.
+    """
+    if not pl_module.record.entered:
+        raise ConfigurationError("no stage record was read: `on_load_checkpoint` must call `super()`'s")
+    plan = run_plan(trainer, pl_module)
+    finished = trainer.fit_loop.epoch_progress.current.processed
+    done = sum(finished >= stage.first_epoch + stage.epochs for stage in stages)
+
+    def commit() -> None:
+        folder, record = run_dir(trainer), pl_module.record
+        before = ledger = Ledger.read(folder)
+        if ledger is None:
+            log.warning("%s has no %s: it is made again from the checkpoint", folder, LEDGER)
+            ledger = Ledger({}, [], _checkpoint_folders(trainer))
+            for stage in stages[: record.entered]:
+                held = record.reference if stage.index == record.entered else stage.index - 1
+                ledger.stages.append(_entry(trainer, record, stage, held))
+        else:
+            before = deepcopy(ledger)
+            ledger.check(record, pl_module.resumed_plan)
+            if moved := ledger.back_to(folder, record.entered, done):
+                log.warning("moved to %s, because the checkpoint is from before them: %s", folder / "stale", moved)
+        ledger.take_plan(pl_module.resumed_plan)
+        ledger.take_plan(plan)
+        if ledger != before:
+            ledger.write(folder)
+        _warn_of_an_altered_reference(folder, ledger, record)
+
+    from_first_rank(commit)
+
+
+def _warn_of_an_altered_reference(folder: Path, ledger: Ledger, record: StageRecord) -> None:
+    for stage in ledger.stages:
+        made = stage.output
+        if stage.index == record.reference and made is not None and made.folder is not None:
+            found = file_digest(folder / made.folder) if (folder / made.folder).is_dir() else None
+            if found != made.files_sha256:
+                log.warning("%s isn't as the run left it: M_%d is altered or gone", folder / made.folder, stage.index)
+
+
+def _entry(trainer: pl.Trainer, record: StageRecord, stage: Stage, reference: int) -> LedgerStage:
+    data = trainer.datamodule
+    weights = Weights(record.folders.get(reference), record.digests[reference])
+    digest = data.store.digest(list(stage.pair_ids))
+    return LedgerStage(stage.index, stage.name, len(stage.pair_ids), digest, data.seed, weights)
+
+
+def _checkpoint_folders(trainer: pl.Trainer) -> list[str]:
+    root = run_dir(trainer).absolute()
+    paths = {Path(callback.dirpath).absolute() for callback in trainer.checkpoint_callbacks if callback.dirpath}
+    return sorted(str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths)

@@ -1,0 +1,83 @@
+"""Cases 18 and 19: two processes (gloo), one of which dies; and a run that goes on with another number of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from harness import Job, compare
+from runs import losses
+
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_model_dir, tmp_path_factory) -> Job:
+    job = Job(tmp_path_factory.mktemp("two"), tiny_model_dir, more=TWO)
+    assert job.start_ranks(2) == [0, 0], (job.folder / "output-0.txt").read_text()
+    return job
+
+
+def test_a_rank_that_dies_ends_the_other_and_the_rerun_is_exact(job, two_ranks):
+    job = replace(job, more=TWO)
+    codes = job.start_ranks(2, {1: {"SDPO_SIGNAL": "step:9"}})
+    assert codes[1] == -9 and codes[0] > 0, (job.folder / "output-0.txt").read_text()
+    assert job.start_ranks(2) == [0, 0], (job.folder / "output-0.txt").read_text()
+    compare(two_ranks.run_dir, job.run_dir)
+    assert (two_ranks.run_dir / "rows-1.txt").read_text() == (job.run_dir / "rows-1.txt").read_text()
+
+
+def test_a_rank_that_dies_while_logps_are_computed(job):
+    job = replace(job, more=TWO, reference="CachedReference")
+    codes = job.start_ranks(2, {1: {"SDPO_SIGNAL": "reference:9"}})
+    assert codes[1] == -9 and codes[0] > 0, (job.folder / "output-0.txt").read_text()
+    # Nothing of stage 2 is published.
+    assert sorted(path.name for path in (job.run_dir / "references").iterdir()) == ["01.safetensors", "m0.safetensors"]
+    assert job.start_ranks(2) == [0, 0], (job.folder / "output-0.txt").read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all(job, two_ranks, rank):
+    job = replace(job, more=TWO)
+    codes = job.start_ranks(2, {rank: {"SDPO_SIGNAL": "step:15"}})
+    assert codes == [143, 143], (job.folder / "output-0.txt").read_text()
+    assert job.start_ranks(2) == [0, 0], (job.folder / "output-0.txt").read_text()
+    compare(two_ranks.run_dir, job.run_dir)
+
+
+def pairs(job: Job) -> list[list[int]]:
+    """Pair ids of each step, over all ranks, in ascending order."""
+    steps: dict[int, list[int]] = {}
+    for path in sorted(job.run_dir.glob("rows*.txt")):
+        for line in path.read_text().splitlines():
+            step, _, ids = line.partition(":")
+            steps.setdefault(int(step), []).extend(json.loads(ids))
+    return [sorted(steps[step]) for step in sorted(steps)]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_same_global_batch_on_another_number_of_ranks(job, two_ranks, first):
+    one = replace(job, more=("--data.batch_size=4",))
+    two = replace(job, more=TWO)
+    stops = "--trainer.max_steps=3"
+    if first == 2:
+        assert replace(two, more=(*two.more, stops)).start_ranks(2) == [0, 0]
+        before = pairs(job)
+        (job.run_dir / "rows-1.txt").unlink()
+        assert one.start().code == 0
+        assert before + pairs(job)[3:] == pairs(two_ranks)
+    else:
+        assert replace(one, more=(*one.more, stops)).start().code == 0
+        assert two.start_ranks(2) == [0, 0], (job.folder / "output-0.txt").read_text()
+        assert pairs(job) == pairs(two_ranks)
+    assert losses(job.run_dir) == pytest.approx(losses(two_ranks.run_dir), abs=1e-5)
+    assert abs(losses(job.run_dir)[-1] - math.log(2)) > 1e-3
+
+
+def test_another_global_batch_is_refused(job):
+    assert replace(job, more=("--trainer.max_steps=3",)).start().code == 0
+    job = replace(job, more=TWO)
+    assert job.start_ranks(2) == [3, 3]
+    assert "data.batch_size x processes: 2 -> 4" in (job.folder / "output-0.txt").read_text()
