@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from pathlib import Path
 
 import torch
@@ -44,3 +45,10 @@ def dense_attention(
             allowed[row, seen[-window:] if window else seen] = True
     key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], 0) for t in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed.to(query.device), scale=scale)
+
+
+def free_port() -> str:
+    """A port for ranks to meet at, which nobody else of this machine listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import make_rows, write_jsonl
+from helpers import free_port, make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import assert_same_weights, fit, metrics, reproducible, weights
@@ -540,7 +540,7 @@ def test_two_ranks_equal_one_that_accumulates(tmp_path, tiny_model_dir, sources)
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = [source.path for source in sources[:2]]
     words = [sys.executable, "script.py", str(Path(__file__).parent), str(tmp_path / "two"), str(tiny_model_dir)]
-    environment = os.environ | {"MASTER_PORT": "29537", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"MASTER_PORT": free_port(), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*words, *paths], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
     )

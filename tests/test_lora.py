@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import make_rows, write_jsonl
-from lightning.pytorch.strategies import ModelParallelStrategy
+from helpers import free_port, make_rows, write_jsonl
 from runs import adamw, fit, losses, metrics, reproducible
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -504,7 +503,7 @@ def test_two_ranks_equal_one(tmp_path, tiny_model_dir, kind):
     (tmp_path / "script.py").write_text(SCRIPT)
     quantization = KINDS[kind].get("quantization", "")
     words = [sys.executable, "script.py", str(TESTS), str(tmp_path / "two"), str(tiny_model_dir), quantization]
-    environment = os.environ | {"MASTER_PORT": "29541", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"MASTER_PORT": free_port(), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*words, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
     )
@@ -567,16 +566,6 @@ def test_an_absent_package_is_named(monkeypatch, package, message):
 class NoWeights(DPOLitModule):
     def load_weights(self, model_name_or_path):
         raise AssertionError("weights are loaded before the settings are checked")
-
-
-def test_quantised_weights_are_not_sharded(tmp_path, tiny_model_dir, sources, monkeypatch):
-    monkeypatch.setenv("MASTER_PORT", "29542")
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    with pytest.raises(ConfigurationError, match="nf4` with ModelParallelStrategy: .* `trainer.strategy: ddp`"):
-        run(
-            tmp_path, tiny_model_dir, sources, "nf4", module_class=NoWeights,
-            trainer_args={"strategy": strategy, "devices": 1},
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("targets, adapted", [(["embed_tokens", "lm_head"], 4), (r".*\.0\.mlp\..*_proj", 6)])

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from helpers import make_rows, write_jsonl
+from helpers import free_port, make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses, weights
 
 from sdpo_lightning import PreferenceSource, StageCheckpoint
@@ -121,7 +121,7 @@ if __name__ == "__main__":
 def test_two_ddp_ranks_match_one_process(tmp_path, model_dir, sources):
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "script.py", str(TESTS), str(tmp_path / "two"), str(model_dir), *(s.path for s in sources)]
-    environment = os.environ | {"MASTER_PORT": "29547", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"MASTER_PORT": free_port(), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     arguments = {"optimizer": _adamw8bit, "warmup_ratio": 0.0}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_rows, write_jsonl
+from helpers import free_port, make_rows, write_jsonl
 from runs import fit, metrics, weights
 
 from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference
@@ -37,7 +37,7 @@ def test_two_ranks_equal_one(tmp_path, tiny_model_dir, reference):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(9, seed, name)) for seed, name in enumerate("ab")]
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "script.py", str(TESTS), str(tmp_path / "two"), str(tiny_model_dir), reference.__name__]
-    environment = os.environ | {"MASTER_PORT": "29531", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"MASTER_PORT": free_port(), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*words, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
     )
