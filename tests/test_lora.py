@@ -563,11 +563,6 @@ def test_an_absent_package_is_named(monkeypatch, package, message):
         DPOLitModule("there is no such model", lora=LORA, quantization="nf4")
 
 
-class NoWeights(DPOLitModule):
-    def load_weights(self, model_name_or_path):
-        raise AssertionError("weights are loaded before the settings are checked")
-
-
 @pytest.mark.parametrize("targets, adapted", [(["embed_tokens", "lm_head"], 4), (r".*\.0\.mlp\..*_proj", 6)])
 def test_other_target_modules(tmp_path, tiny_model_dir, sources, targets, adapted):
     settings = LoraSettings(r=4, target_modules=targets, export_merged=True)

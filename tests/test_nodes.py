@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_rows, write_jsonl
+from helpers import free_port, make_rows, write_jsonl
 from runs import fit, losses, weights
 
 from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference
@@ -32,9 +31,7 @@ def nodes(tmp_path, tiny_model_dir) -> list[Path]:
 
 def _start(nodes: list[Path], run: str, strategy: str, reference: str, *checkpoint: str) -> list[tuple[int, str]]:
     """Exit code and errors of both nodes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
     started = []
     for rank, folder in enumerate(nodes):
