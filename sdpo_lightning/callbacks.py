@@ -20,7 +20,14 @@ from torch import Tensor
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import DurableCheckpointIO
-from sdpo_lightning.checks import check_disks, check_optimizers, check_run_dir, check_strategy, check_trainer
+from sdpo_lightning.checks import (
+    check_disks,
+    check_optimizers,
+    check_run_dir,
+    check_start,
+    check_strategy,
+    check_trainer,
+)
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
@@ -63,6 +70,7 @@ class StageTransition(pl.Callback):
         """
         check_strategy(trainer, pl_module)
         check_disks(trainer)
+        check_start(pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         if stage != "fit":

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.ranks import from_every_rank, from_first_rank
 from sdpo_lightning.strategy import FSDP2Strategy
-from sdpo_lightning.types import ConfigurationError
+from sdpo_lightning.types import ConfigurationError, ResumeError
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +106,25 @@ def check_disks(trainer: pl.Trainer) -> None:
         )
     log.warning(
         "%s isn't shared by the %d nodes: models, tables and checkpoints stay on the first; to go on with this run, "
-        "copy its checkpoint to the same place on every node",
+        "copy that directory to every node",
         trainer.default_root_dir,
         trainer.num_nodes,
     )
+
+
+def check_start(pl_module: pl.LightningModule) -> None:
+    """All ranks go on from the same checkpoint, or none does. A collective.
+
+    Raises:
+        ResumeError: some found another one, or none, on their disk.
+    """
+    found = from_every_rank(pl_module.goes_on_from)
+    if len(set(found)) > 1:
+        rank = next(rank for rank, path in enumerate(found) if path != found[0])
+        raise ResumeError(
+            f"rank 0 goes on from {found[0]}, rank {rank} from {found[rank] or 'nothing'}: copy the run directory of "
+            "the first node to the same place on every node, or use a shared file system"
+        )
 
 
 def _touch(path: Path) -> None:

@@ -217,6 +217,7 @@ class CurriculumCLI(LightningCLI):
     def before_fit(self) -> None:
         """Go on where the run directory says; not in the config, so that a checkpoint's settings override nothing."""
         self.config_init.fit.ckpt_path = self._go_on_from
+        self.model.goes_on_from = self._go_on_from
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--resume`, to all verbs, so that a run's `config.yaml` serves them all."""

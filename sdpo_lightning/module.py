@@ -118,6 +118,8 @@ class DPOLitModule(StageOptimization):
         self.execution = Execution(gradient_checkpointing, offload_activations, compile_layers, liger)
         self.policy: CausalBackbone | None = None
         self.exact_layout: LayoutName | None = None
+        # The checkpoint that the command line found on this rank's disk.
+        self.goes_on_from: str | None = None
         self.record = StageRecord()
         self.m0_logps: LogpTable | None = None
         self.random_states: list[dict[str, Any]] | None = None

@@ -128,3 +128,16 @@ def _portable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+def from_every_rank(value: Result) -> list[Result]:
+    """What each rank has, in the order of the ranks, on every rank. A collective.
+
+    Args:
+        value: small; it goes over the wire.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[Result] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -29,7 +29,7 @@ def nodes(tmp_path, tiny_model_dir) -> list[Path]:
     return folders
 
 
-def _start(nodes: list[Path], run: str, strategy: str, reference: str, *checkpoint: str) -> list[tuple[int, str]]:
+def _start(nodes: list[Path], run: str, strategy: str, reference: str, *options: str) -> list[tuple[int, str]]:
     """Exit code and errors of both nodes."""
     port = free_port()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -37,7 +37,7 @@ def _start(nodes: list[Path], run: str, strategy: str, reference: str, *checkpoi
     for rank, folder in enumerate(nodes):
         words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
         words += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        words += [str(TESTS / "node_script.py"), run, strategy, reference, *checkpoint]
+        words += [str(TESTS / "node_script.py"), run, strategy, reference, *options]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(words, cwd=folder, env=environment, **pipes))
     ended = []
@@ -65,7 +65,7 @@ def _assert_equal(run: Path, one: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", list(REFERENCES))
-def test_ddp_on_two_disks_equals_one_process_and_goes_on(tmp_path, nodes, reference):
+def test_ddp_on_two_disks_equals_one_process(tmp_path, nodes, reference):
     for code, errors in _start(nodes, "run", "ddp", reference):
         assert code == 0, errors[-2000:]
         assert "isn't shared by the 2 nodes" in errors
@@ -94,3 +94,24 @@ def test_shards_on_two_disks_are_refused_up_front(nodes):
         assert code == 1
         assert "which the 2 nodes don't share" in errors and "`trainer.strategy: ddp`" in errors
     assert not (nodes[0] / "run" / "checkpoints").exists()
+
+
+def test_ddp_on_two_disks_goes_on_once_the_run_is_on_both(nodes):
+    whole = _start(nodes, "whole", "ddp", "ResidentReference", "--trainer.log_every_n_steps=1")
+    # 7 training pairs a source by 2: stage 2 has steps 5 to 8.
+    stopped = _start(nodes, "run", "ddp", "ResidentReference", "--trainer.max_steps=6")
+    assert [code for code, _ in whole + stopped] == [0] * 4, stopped
+    for code, errors in _start(nodes, "run", "ddp", "ResidentReference", "--trainer.log_every_n_steps=1"):
+        # torchrun's own code; the command's is 3.
+        assert code == 1
+        assert "rank 1 from nothing: copy the run directory of the first node" in errors
+    shutil.rmtree(nodes[1] / "run", ignore_errors=True)
+    shutil.copytree(nodes[0] / "run", nodes[1] / "run")
+    for code, errors in _start(nodes, "run", "ddp", "ResidentReference", "--trainer.log_every_n_steps=1"):
+        assert code == 0, errors[-2000:]
+    run, other = nodes[0] / "run", nodes[0] / "whole"
+    assert losses(run) == losses(other) and len(losses(run)) == 8
+    last = sorted(path.name for path in (other / "stages").iterdir())[-1]
+    assert last.startswith("02-")
+    for name, tensor in weights(run / "stages" / last).items():
+        assert torch.equal(tensor, weights(other / "stages" / last)[name])
