@@ -110,10 +110,13 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> N
     )
     model.requires_grad_(False)
     # A generator of its own, on the CPU: the same first values on every rank and device, at any time.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+    # DoRA reads the weights, which a skeleton doesn't have.
+    device = "meta" if model.get_input_embeddings().weight.is_meta else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
         # Two adapters in one model are what we want.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        torch.manual_seed(settings.seed)
+        # Only the CPU's: the generators of GPUs aren't forked, and dropout draws from them.
+        torch.default_generator.manual_seed(settings.seed)
         try:
             inject_adapter_in_model(config, model, TRAINED)
             inject_adapter_in_model(config, model, REFERENCE)

@@ -156,11 +156,18 @@ class CausalBackbone(nn.Module):
             twin._cut = self._cut
             copy_weights_(twin, self)
         if offload and self._cut is None:
-            twin._parked = ParkedWeights(twin)
+            twin.parked()
         if self._compiles_layers:
             # A copy of a compiled module isn't compiled.
             twin.compile_layers()
         return twin
+
+    def parked(self) -> CausalBackbone:
+        """This frozen model with its weights in the memory of the CPU between forward passes."""
+        if self._cut is not None:
+            return self.frozen_copy(offload=True)
+        self._parked = ParkedWeights(self)
+        return self
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[n, D]` -> logits `[n, V]`."""
@@ -233,24 +240,6 @@ def attach_adapters(backbone: CausalBackbone, settings: LoraSettings, base: str)
     state = {name: value for name, value in backbone.model.state_dict().items() if isinstance(value, Tensor)}
     backbone.base_digest = _tensors_digest(state)
     add_adapters(backbone.model, settings, base)
-    return backbone
-
-
-def store_frozen_(backbone: CausalBackbone, dtype: torch.dtype | None) -> CausalBackbone:
-    """Hold the frozen weights of linear layers in the dtype that autocast gives them anyway: the same products.
-
-    Args:
-        backbone: with adapters.
-        dtype: of the products; None leaves the weights alone.
-    """
-    if dtype is None:
-        return backbone
-    # The embedding of a tied head: autocast leaves it alone.
-    embedding = backbone.model.get_input_embeddings().weight
-    for name, module in backbone.model.named_modules():
-        plain = type(module) is nn.Linear and ".lora_" not in name
-        if plain and not module.weight.requires_grad and module.weight is not embedding:
-            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
     return backbone
 
 

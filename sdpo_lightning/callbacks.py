@@ -73,6 +73,9 @@ class StageTransition(pl.Callback):
         check_start(pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        # Inference tensors, of a reference or of gathered shards, can't be trained or copied into later.
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1

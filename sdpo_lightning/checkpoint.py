@@ -47,6 +47,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             ResumeError: it is damaged, or holds other objects.
         """
+        if Path(path).is_dir():
+            raise ResumeError(
+                f"`ckpt_path`: {path} is a checkpoint of shards; a run keeps its `trainer.strategy` when it goes on"
+            )
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:

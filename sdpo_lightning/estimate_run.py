@@ -172,7 +172,8 @@ class Run:
     @property
     def stores_bf16(self) -> bool:
         """Whether frozen linear layers are held in bf16, and not cast anew for each product."""
-        return self.lora is not None and self.bf16 and not self.quantization and not self.lora.export_merged
+        kept = self.lora is None or self.lora.export_merged or self.lora.dora
+        return self.bf16 and not self.quantization and not kept
 
     @property
     def base(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.ranks import from_first_rank
@@ -52,10 +53,30 @@ def load_on_ranks(
     return placed
 
 
-def _read(held: list[CausalBackbone], load: Callable[[], CausalBackbone]) -> dict[str, tuple[int, ...]]:
+def store_frozen_(backbone: CausalBackbone, dtype: torch.dtype | None) -> CausalBackbone:
+    """Hold the frozen weights of linear layers in the dtype that autocast gives them anyway: the same products.
+
+    Args:
+        backbone: with adapters.
+        dtype: of the products; None leaves the weights alone.
+    """
+    if dtype is None:
+        return backbone
+    # The embedding of a tied head: autocast leaves it alone.
+    embedding = backbone.model.get_input_embeddings().weight
+    for name, module in backbone.model.named_modules():
+        plain = type(module) is nn.Linear and ".lora_" not in name
+        if plain and not module.weight.requires_grad and module.weight is not embedding:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return backbone
+
+
+def _read(held: list[CausalBackbone], load: Callable[[], CausalBackbone]) -> dict[str, str]:
     held[0] = load()
     return _shapes(held[0])
 
 
-def _shapes(backbone: CausalBackbone) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in backbone.named_parameters()}
+def _shapes(backbone: CausalBackbone) -> dict[str, str]:
+    """What has to be alike on all ranks: they send and reduce these tensors one by one."""
+    held = {n: f"{tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in backbone.named_parameters()}
+    return held | {n: f"{tuple(b.shape)} {b.dtype}" for n, b in backbone.named_buffers()}

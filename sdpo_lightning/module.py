@@ -20,7 +20,6 @@ from sdpo_lightning.backbone import (
     attach_adapters,
     load_policy,
     load_skeleton,
-    store_frozen_,
     weights_digest,
 )
 from sdpo_lightning.callbacks import StageTransition
@@ -31,7 +30,7 @@ from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
-from sdpo_lightning.loading import load_on_ranks
+from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
@@ -151,11 +150,11 @@ class DPOLitModule(StageOptimization):
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
         def load() -> CausalBackbone:
-            whole = self._set_up(self.load_weights(path))
-            # Once it is cut or stored in bf16 there is no plain forward left to compare layouts with.
+            whole = self.load_weights(path)
+            # Once it is cut, stored in bf16 or given CUDA's kernels there is no plain forward left to compare with.
             if self.exact_layout is None and (cut is not None or frozen is not None):
                 self.exact_layout = exact_layout(whole, data.layout, data.batching.pad_to_multiple_of)
-            return store_frozen_(whole, frozen)
+            return store_frozen_(self._set_up(whole), frozen)
 
         if self.quantization is not None:
             return load()
@@ -170,8 +169,9 @@ class DPOLitModule(StageOptimization):
 
     def _frozen_dtype(self) -> torch.dtype | None:
         mixed = str(self.trainer.precision) == "bf16-mixed"
-        # Merging adds to the weights as they were read.
-        if self.lora is None or self.quantization is not None or self.lora.export_merged or not mixed:
+        # Merging adds to the weights as they were read, and DoRA takes their norm.
+        kept = self.lora is None or self.lora.export_merged or self.lora.dora
+        if kept or self.quantization is not None or not mixed:
             return None
         return torch.bfloat16
 

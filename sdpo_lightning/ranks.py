@@ -37,7 +37,7 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
         try:
             told = [(make(), None)]
         except Exception as error:  # noqa: BLE001
-            told = [(None, error)]
+            told = [(None, _portable(error))]
     dist.broadcast_object_list(told)
     result, error = told[0]
     if error is not None:

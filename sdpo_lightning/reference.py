@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.casts import CASTS
@@ -128,7 +129,7 @@ class ResidentReference(ReferencePolicy):
     ) -> None:
         """Reload M_{t-1} from its folder."""
         weights = load_weights().requires_grad_(False)
-        self._model = (weights.frozen_copy(True) if self.offload else weights).eval()
+        self._model = (weights.parked() if self.offload else weights).eval()
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """One no-grad forward."""
@@ -209,7 +210,7 @@ def score_pairs(
                 STOP.leave_if_asked()
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)
-                if have is None or not bool(have.all()):
+                if have is None or _on_any_rank(not bool(have.all()), model, device):
                     logps = compute_logps(model, batch)
                 columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
                 real = batch.weights > 0
@@ -219,6 +220,15 @@ def score_pairs(
         model.train(was_training)
     ids, *columns = _gather(rows)
     return LogpTable.build(ids, PairLogps(*columns))
+
+
+def _on_any_rank(wanted: bool, model: torch.nn.Module, device: torch.device) -> bool:
+    """A forward of a sharded model is a collective: all ranks run it, or none does."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return wanted
+    flag = torch.tensor(wanted, dtype=torch.int32, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -89,7 +89,7 @@ def materialise_(group: nn.Module, root: nn.Module, device: torch.device, fill_:
     for parameter in list(group.parameters()):
         if isinstance(parameter, DTensor):
             continue
-        whole = torch.empty_like(parameter, device=device)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         fill_(parameter, whole)
         placed = nn.Parameter(whole, parameter.requires_grad)
         for module, name in holders[id(parameter)]:

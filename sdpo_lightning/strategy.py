@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
+from sdpo_lightning.adapters import check_checkpoint
 from sdpo_lightning.checkpoint_files import commit, remove_checkpoint
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import Sharding
@@ -138,6 +139,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         metadata = torch.load(path / _META, map_location="cpu", weights_only=True)
         held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        module = self.lightning_module
+        names = [n.removeprefix("state_dict.") for n in held if n.startswith("state_dict.")]
+        # Before any tensor is read: other adapters have other shapes.
+        check_checkpoint(metadata | {"state_dict": names}, module.policy, module.lora, module.quantization)
         # Frozen weights are not in it.
         weights = {n: w for n, w in get_model_state_dict(self.model).items() if f"state_dict.{n}" in held}
         state = {"state_dict": weights}

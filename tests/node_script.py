@@ -26,7 +26,8 @@ def _words(run: str, strategy: str, reference: str) -> list[str]:
     words += ["--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.enable_progress_bar=false"]
     words += ["--model.model_name_or_path=model", f"--model.reference={reference}"]
     words += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
-    return [*words, f"--data.sources={json.dumps(sources)}", "--data.batch_size=1", "--data.max_length=64", "--data.val_fraction=0.2"]
+    words += [f"--data.sources={json.dumps(sources)}", "--data.batch_size=1"]
+    return [*words, "--data.max_length=64", "--data.val_fraction=0.2"]
 
 
 def train() -> None:

@@ -23,6 +23,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from sdpo_lightning import (
     AdapterReference,
     CachedReference,
+    DPOLitModule,
     FSDP2Strategy,
     LoraSettings,
     PreferenceSource,
@@ -144,6 +145,54 @@ def lora_whole(out, model, run):
 def lora_resumed(out, model, run):
     """Goes on from the middle of stage 2 with adapters."""
     return _resumable(out, model, run, "lora_whole", lora=LoraSettings(r=4))
+
+
+def dora(out, model, run):
+    """Adapters that take the norm of weights."""
+    settings = {"lora": LoraSettings(r=4, dora=True)}
+    fit(run, model, sources(out), reference=AdapterReference(), module_args=settings, trainer_args=_trainer(), **DATA)
+    return {}
+
+
+def dora_ddp(out, model, run):
+    """As above, whole on each rank."""
+    settings = {"lora": LoraSettings(r=4, dora=True)}
+    trainer = _trainer("ddp")
+    fit(run, model, sources(out), reference=AdapterReference(), module_args=settings, trainer_args=trainer, **DATA)
+    return {}
+
+
+def rank_limited(out, model, run):
+    """M_0's logps are known of some pairs only, and not of the same ones on each rank."""
+    fit(run, model, sources(out), reference=CachedReference(), trainer_args=_trainer(), rank_limit=4, **DATA)
+    return {}
+
+
+class FreezesOnFirstRankOnly(DPOLitModule):
+    """Overrides one of two."""
+
+    def load_weights(self, model_name_or_path):
+        weights = super().load_weights(model_name_or_path)
+        weights.model.get_input_embeddings().requires_grad_(False)
+        return weights
+
+
+def frozen_on_one(out, model, run):
+    """Ranks that would reduce other gradients."""
+    fit(run, model, sources(out), module_class=FreezesOnFirstRankOnly, trainer_args=_trainer(), **DATA)
+    return {}
+
+
+def other_adapters(out, model, run):
+    """A checkpoint of adapters of another rank."""
+    return _resumable(out, model, run, "lora_whole", lora=LoraSettings(r=8))
+
+
+def checkpointed(out, model, run):
+    """Layers are computed again, and logits too."""
+    settings = {"gradient_checkpointing": True, "logits_budget_mb": 0.01}
+    fit(run, model, sources(out), module_args=settings, trainer_args=_trainer(**CLIPPED), **DATA)
+    return {}
 
 
 def bf16(out, model, run):

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 from helpers import make_rows, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from runs import fit
+from runs import adamw, assert_same_weights, fit
 from safetensors.torch import load_file, save_file
 
 from sdpo_lightning import (
@@ -167,3 +169,21 @@ def test_module_command_says_what_is_wrong(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+
+
+def test_a_validated_module_can_be_trained(tmp_path, tiny_model_dir, sources):
+    """Lightning validates in inference mode, whose tensors can't be copied into: not here."""
+    data = {"order": "given", "batch_size": 2, "max_length": 64, "val_fraction": 0.4}
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    pl.seed_everything(0)
+    module = DPOLitModule(str(tiny_model_dir), optimizer=adamw(), warmup_ratio=0.2)
+    validated = pl.Trainer(default_root_dir=tmp_path / "v", **settings).validate(
+        module, CurriculumDataModule(sources, **data), verbose=False
+    )
+    # The policy is S, and so is its reference.
+    assert validated[0]["val/a/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer = pl.Trainer(default_root_dir=tmp_path / "run", log_every_n_steps=1, **settings)
+    trainer.fit(module, CurriculumDataModule(sources, **data))
+    fit(tmp_path / "fresh", tiny_model_dir, sources, **data)
+    for folder in ("01-a", "02-b", "03-c"):
+        assert_same_weights(tmp_path / "run" / "stages" / folder, tmp_path / "fresh" / "stages" / folder)

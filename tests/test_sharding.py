@@ -14,7 +14,7 @@ import bitsandbytes
 import pytest
 import torch
 from helpers import make_rows, write_jsonl
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from runs import assert_same_weights, fit, losses, metrics, weights
 from safetensors.torch import load_file
 from sharded_script import CLIPPED, DATA, sources
@@ -34,7 +34,10 @@ from sdpo_lightning.types import ConfigurationError
 
 TESTS = Path(__file__).resolve().parent
 ADAPTER = "adapter_model.safetensors"
-TWO = "resident tied cached offloaded experts bf16 lora lora_bf16 lora_whole lora_resumed whole resumed".split()
+TWO = (
+    "resident tied cached offloaded experts bf16 lora lora_bf16 lora_whole lora_resumed whole resumed dora dora_ddp "
+    "rank_limited frozen_on_one other_adapters checkpointed"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,7 @@ def _assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
         ("tied", "model-tied", ResidentReference),
         ("cached", "model", CachedReference),
         ("offloaded", "model", ResidentReference),
+        ("checkpointed", "model", ResidentReference),
         ("hybrid", "model", ResidentReference),
     ],
 )
@@ -206,6 +210,39 @@ def test_sharded_adapters_equal_one_process(out, tmp_path):
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
     assert losses(out / "lora") == pytest.approx(losses(tmp_path), abs=1e-4)
+
+
+@pytest.mark.parametrize("scenario", ["dora", "dora_ddp"])
+def test_dora_on_ranks_equals_one_process(out, tmp_path, scenario):
+    _facts(out, scenario)
+    fit(
+        tmp_path, out / "model", sources(out), reference=AdapterReference(),
+        module_args={"lora": LoraSettings(r=4, dora=True)}, **(DATA | {"batch_size": 2}),
+    )  # fmt: skip
+    assert losses(out / scenario) == pytest.approx(losses(tmp_path), abs=1e-4)
+
+
+def test_a_cached_reference_with_some_pairs_known_equals_one_process(out, tmp_path):
+    _facts(out, "rank_limited")
+    data = DATA | {"batch_size": 2, "rank_limit": 4}
+    fit(tmp_path, out / "model", sources(out), reference=CachedReference(), **data)
+    _assert_close(out / "rank_limited", tmp_path, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "scenario, error",
+    [
+        ("frozen_on_one", "ConfigurationError: `load_skeleton` doesn't make the model of `load_weights`"),
+        ("other_adapters", "ResumeError: `model.lora` and `model.quantization` are"),
+    ],
+)
+def test_what_ranks_would_hang_or_crash_on_is_refused(out, scenario, error):
+    assert json.loads((out / scenario / "facts.json").read_text())["error"].startswith(error)
+
+
+def test_each_node_a_replica_by_name():
+    assert StrategyRegistry.get("fsdp2_hybrid")._replicas == "nodes"
+    assert StrategyRegistry.get("fsdp2")._replicas == 1
 
 
 def test_frozen_weights_are_stored_in_bf16_beside_fp32_adapters(out, tmp_path):
