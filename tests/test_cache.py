@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from runs import fit
 from tokenizers import AddedToken
+from transformers import ByT5Tokenizer
 
 from sdpo_lightning import CurriculumDataModule, PreferenceSource
 from sdpo_lightning.data import prepare, tokenizing
-from sdpo_lightning.data.cache import cached_folder, compare_nodes, fingerprint
+from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, fingerprints
 from sdpo_lightning.data.collate import PairTokenizer
+from sdpo_lightning.data.curriculum import split_by_prompt
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.prepare import Preparation, hold_out, prepare_sources
+from sdpo_lightning.ranks import _portable
 from sdpo_lightning.types import ConfigurationError
 
 TESTS = Path(__file__).resolve().parent
@@ -71,6 +75,11 @@ def outcome(sources: list[PreferenceSource], how: Preparation, fraction: float =
     ids = [i for report in reports for i in report.train_ids + report.val_ids]
     rows = [report.row() for report in reports]
     return rows, [(r.train_ids, r.val_ids, r.prompt_keys.tolist()) for r in reports], store.digest(ids), store.get(ids)
+
+
+def fingerprint(source: PreferenceSource, index: int, tokenize: PairTokenizer, on_bad_row: str) -> Fingerprint:
+    """Of a source at that place."""
+    return fingerprints([source] * (index + 1), tokenize, on_bad_row)[index]
 
 
 def never(*_: object) -> None:
@@ -177,6 +186,13 @@ def test_the_tokenizer_changes_the_key_but_not_where_it_lies(tmp_path, tiny_toke
     assert fingerprint(source, 0, PairTokenizer(files[0], 12), "drop").key == keys[0]
 
 
+def test_a_tokenizer_without_a_fast_core_has_a_key_too(tmp_path):
+    source = source_in(tmp_path)
+    several = [ByT5Tokenizer(), ByT5Tokenizer(), ByT5Tokenizer(extra_ids=3)]
+    keys = [fingerprint(source, 0, PairTokenizer(tokenizer, 64), "drop").key for tokenizer in several]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_a_folder_is_known_by_its_files_and_a_hub_set_by_its_fingerprint(tmp_path, tokenize, monkeypatch):
     rows = datasets.Dataset.from_list(make_rows(4, 0))
     rows.save_to_disk(tmp_path / "saved")
@@ -259,6 +275,14 @@ def test_without_a_place_to_write_a_run_keeps_its_pairs_for_itself(tmp_path, tok
     assert "for this run only" in caplog.text
 
 
+def test_what_a_killed_process_left_is_removed_after_a_week(cache):
+    for name, age in (("old", 8), ("new", 6)):
+        (cache / f".key.{name}").mkdir(parents=True)
+        os.utime(cache / f".key.{name}", (0, time.time() - age * 86_400))
+    cached_folder("key", lambda _: {})
+    assert sorted(folder.name for folder in cache.iterdir()) == [".key.new", "key"]
+
+
 def test_who_comes_second_takes_what_the_first_has_published(cache):
     def build(name: str):
         def write(staging: Path) -> dict:
@@ -277,7 +301,7 @@ def test_who_comes_second_takes_what_the_first_has_published(cache):
 # ---- several processes
 
 
-def test_processes_give_the_same_pairs_in_the_same_order(tmp_path, tokenize, cache, monkeypatch):
+def test_processes_give_the_same_pairs_in_the_same_order(tmp_path, tokenize, cache, monkeypatch, capfd):
     monkeypatch.setattr(tokenizing, "SMALL_SOURCE", 0)
     source = source_in(tmp_path, 101, held_out=False)
     alone = outcome([source], Preparation(tokenize, num_proc=1))
@@ -285,6 +309,8 @@ def test_processes_give_the_same_pairs_in_the_same_order(tmp_path, tokenize, cac
     assert outcome([source], Preparation(tokenize, num_proc=3)) == alone
     (folder,) = cache.iterdir()
     assert len(list(folder.glob("train-*.arrow"))) == 3
+    # No progress bar where stderr is no terminal.
+    assert capfd.readouterr() == ("", "")
     # The first bad row of the file is named, whichever process meets one first.
     rows = [row for row in bad_rows(60) if row["chosen"].strip()]
     strict = PreferenceSource("a", str(write_jsonl(tmp_path / "long.jsonl", rows)))
@@ -307,6 +333,7 @@ def test_a_process_that_dies_is_an_error(tmp_path, tokenize, monkeypatch, capfd)
 
 
 def test_how_many_processes_tokenise(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert tokenizing.processes(8, 1999, 1) == 1
     assert tokenizing.processes(8, 2000, 1) == 8
@@ -315,6 +342,8 @@ def test_how_many_processes_tokenise(monkeypatch):
     assert tokenizing.processes(None, 1_000_000, 1) == 16
     assert tokenizing.processes(None, 1_000_000, 8) == 2
     assert tokenizing.processes(None, 1_000_000, 32) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert tokenizing.processes(None, 1_000_000, 4) == 2
     with pytest.raises(ConfigurationError, match="`data.num_proc` is 0"):
         CurriculumDataModule([PreferenceSource("a", "a.jsonl")], num_proc=0)
 
@@ -327,7 +356,26 @@ def test_prompt_keys_are_equal_where_prompts_are():
     assert np.array(list(keys), np.int64).min() < 0
 
 
+@given(numbers=st.lists(st.lists(st.integers(0, 5)), min_size=1, max_size=3), fraction=st.floats(0, 0.9))
+def test_keys_split_as_their_prompts_do(numbers, fraction):
+    prompts = {str(n): [f"prompt {i}" for i in given] for n, given in enumerate(numbers)}
+    keys = {name: [tokenizing.prompt_key(prompt) for prompt in texts] for name, texts in prompts.items()}
+    assert split_by_prompt(keys, fraction, 1) == split_by_prompt(prompts, fraction, 1)
+
+
 # ---- several ranks
+
+
+class TwoWords(ValueError):
+    """Can't be made again from its text alone."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+def test_an_error_that_cannot_go_over_the_wire_goes_as_its_text():
+    assert repr(_portable(TwoWords("a", "b"))) == "RuntimeError('TwoWords: a b')"
+    assert repr(_portable(ConfigurationError("c"))) == "ConfigurationError('c')"
 
 
 def test_nodes_with_other_data_are_named(tmp_path, tokenize):
@@ -347,8 +395,10 @@ import datasets
 import torch.distributed as dist
 from sdpo_lightning.data import prepare
 from sdpo_lightning.data.collate import PairTokenizer
+from sdpo_lightning.data.curriculum import split_by_prompt
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.ranks import _portable
 from sdpo_lightning.types import ConfigurationError
 
 rank, port, folder, limit = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,7 +27,8 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_lightning.data import collate, records, rows, sources
+from sdpo_lightning.data import collate, records, rows
+from sdpo_lightning.data import sources as reading
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.records import load_dataset, local_path
 from sdpo_lightning.data.sources import PreferenceSource, origin_of
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _SCHEMA = 1
 _CONTENT = "source.json"
+_WEEK = 7 * 86_400
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,33 @@ class Fingerprint:
         return _digest(asdict(self))
 
 
-def fingerprint(source: PreferenceSource, index: int, tokenize: PairTokenizer, on_bad_row: str) -> Fingerprint:
-    """Fingerprint one source; reads all of its files, but parses none.
+def fingerprints(sources: Sequence[PreferenceSource], tokenize: PairTokenizer, on_bad_row: str) -> list[Fingerprint]:
+    """Fingerprint all sources; reads all of their files, but parses none.
 
     Args:
-        source: where its rows are.
-        index: place of the source in `data.sources`, part of its pair ids.
+        sources: in the order of `data.sources`: the place is part of the pair ids.
         tokenize: tokenizer and length limit.
         on_bad_row: `drop` or `error`.
 
     Raises:
         ConfigurationError: a hub data set that can't be had.
     """
+    tokenizer, rules = _tokenizer_digest(tokenize.tokenizer), _rules_digest()
+    common = {"max_length": tokenize.max_length, "on_bad_row": on_bad_row}
+    return [
+        Fingerprint(data_digest(source), tokenizer, _digest(asdict(source) | common | {"index": index}), rules)
+        for index, source in enumerate(sources)
+    ]
+
+
+def data_digest(source: PreferenceSource) -> str:
+    """Of the bytes of a source, its held-out file included; of the stated revision of a hub data set.
+
+    Raises:
+        ConfigurationError: a hub data set that can't be had.
+    """
     paths = [(source.path, None), (source.val_path, source.val_path)]
-    data = [_data_digest(source, path, key) for path, key in paths if path is not None]
-    settings = asdict(source) | {"index": index, "max_length": tokenize.max_length, "on_bad_row": on_bad_row}
-    return Fingerprint(_digest(data), _tokenizer_digest(tokenize.tokenizer), _digest(settings), _rules_digest())
+    return _digest([_path_digest(source, path, key) for path, key in paths if path is not None])
 
 
 def _digest(value: Any) -> str:
@@ -87,7 +101,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _data_digest(source: PreferenceSource, path: str, val_path: str | None) -> Any:
+def _path_digest(source: PreferenceSource, path: str, val_path: str | None) -> Any:
     local = local_path(path)
     if local is None:
         # Its files lie in the cache of `datasets`, which has a fingerprint of data set, revision and split.
@@ -124,7 +138,7 @@ def _rules_digest() -> str:
     package = sys.modules[__name__.partition(".")[0]]
     versions = [_SCHEMA, package.__version__, transformers.__version__, tokenizers.__version__]
     # A rule that is changed between two versions must not find the rows of the old one.
-    return _digest([*versions, *(inspect.getsource(module) for module in (collate, records, rows, sources))])
+    return _digest([*versions, *(inspect.getsource(module) for module in (collate, records, rows, reading))])
 
 
 def compare_nodes(names: Sequence[str], by_node: Mapping[int, Sequence[Fingerprint]]) -> None:
@@ -195,6 +209,9 @@ def _staging(root: Path, key: str) -> Iterator[Path]:
     """A new folder beside the place of the final one; gone afterwards, however it ends."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f".{key}.*"):
+            if time.time() - left.stat().st_mtime > _WEEK:  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=root))
     except OSError as error:
         root = Path(tempfile.mkdtemp(prefix="sdpo_lightning-"))

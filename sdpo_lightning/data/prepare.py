@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, fingerprint, read_content
+from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, data_digest, fingerprints, read_content
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.curriculum import split_by_prompt
 from sdpo_lightning.data.sources import VAL_FIRST_ROW, Note, PreferenceSource, read_source
@@ -108,7 +108,8 @@ def prepare_sources(
         ConfigurationError: on all ranks: a file that can't be read, no pairs left, machines with different data.
     """
     leads = how.local_rank == 0
-    told = together((lambda: (how.node_rank, _fingerprints(sources, how))) if leads else None)
+    given = (sources, how.tokenize, how.on_bad_row)
+    told = together((lambda: (how.node_rank, fingerprints(*given))) if leads else None)
     by_node = dict(item for item in told if item is not None)
     compare_nodes([source.name for source in sources], by_node)
     keys = by_node[how.node_rank]
@@ -116,11 +117,6 @@ def prepare_sources(
     folders = dict(item for item in found if item is not None)[how.node_rank]
     loaded = side_by_side(lambda: [_load(folder) for folder in folders])
     return [report for report, _ in loaded], [part for _, parts in loaded for part in parts]
-
-
-def _fingerprints(sources: Sequence[PreferenceSource], how: Preparation) -> list[Fingerprint]:
-    given = (how.tokenize, how.on_bad_row)
-    return [fingerprint(source, index, *given) for index, source in enumerate(sources)]
 
 
 def _folders(sources: Sequence[PreferenceSource], prints: Sequence[Fingerprint], how: Preparation) -> list[Path]:
@@ -131,7 +127,7 @@ def _folders(sources: Sequence[PreferenceSource], prints: Sequence[Fingerprint],
 
         def build(staging: Path) -> dict[str, Any]:
             content = build_source(index, source, how, staging)
-            if fingerprint(source, index, how.tokenize, how.on_bad_row) != before:
+            if data_digest(source) != before.data:
                 changed = f"source {source.name!r} changed while it was read, expected files that stay as they are"
                 raise ConfigurationError(f"{changed}; see `data.sources[{source.name}].path`")
             return content

@@ -115,11 +115,13 @@ def processes(num_proc: int | None, rows: int, local_ranks: int) -> int:
         return 1
     if num_proc is not None:
         return min(num_proc, rows)
+    cpus = os.cpu_count() or 1
     try:
-        cpus = len(os.sched_getaffinity(0))
+        bound = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        cpus = os.cpu_count() or 1
-    return max(1, min(cpus // local_ranks, rows // _ROWS_PER_PROCESS))
+        bound = cpus
+    # Where a launcher gave each rank CPUs of its own, those are its share already.
+    return max(1, min(bound, cpus // local_ranks, rows // _ROWS_PER_PROCESS))
 
 
 def tokenize_rows(
