@@ -17,7 +17,14 @@ from torch import Tensor
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checks import check_disks, check_run_dir, check_strategy, check_trainer
+from sdpo_lightning.checks import (
+    check_disks,
+    check_links,
+    check_run_dir,
+    check_strategy,
+    check_trainer,
+    check_vocabulary,
+)
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
@@ -59,6 +66,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
+        from_first_rank(lambda: check_vocabulary(trainer.datamodule.tokenizer, pl_module.model_name_or_path))
+        from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         if stage != "fit":
             return

@@ -1,4 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank`, `estimate` and `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, our own `rank`, `estimate`, `check` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import pickle
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
@@ -24,6 +26,7 @@ from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.redaction import HidesSecrets, hide_in_config, hide_in_text
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
 
 
@@ -113,8 +116,11 @@ class ConfigAfterChecks(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            path = str(folder / "config.yaml")
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+            path = folder / "config.yaml"
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+            written = yaml.safe_load(path.read_text())
+            if (clean := hide_in_config(written)) != written:
+                path.write_text(yaml.safe_dump(clean, sort_keys=False))
 
 
 class OneLineParser(LightningArgumentParser):
@@ -173,9 +179,13 @@ class CurriculumCLI(LightningCLI):
         """Ask for a run directory, and compute in bf16 where a GPU can.
 
         Raises:
-            ConfigurationError: no run directory is given.
+            ConfigurationError: no run directory is given, or a checkpoint might run code.
         """
         trainer = self.config[self.subcommand].trainer
+        if "weights_only" in self.config[self.subcommand]:
+            if self.config[self.subcommand].weights_only is False:
+                raise ConfigurationError("`weights_only` is false: any code in a checkpoint would run; leave it out")
+            self.config[self.subcommand].weights_only = True
         if trainer.precision is None and _has_bf16_gpu(trainer.accelerator):
             # fp32 master weights stay: see `trainer.precision` in the README.
             trainer.precision = "bf16-mixed"
@@ -240,6 +250,8 @@ def main(
     """
     words = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(HidesSecrets())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # A bar for each weight file says nothing that our own lines don't.
     transformers_logging.disable_progress_bar()
@@ -249,6 +261,11 @@ def main(
             from sdpo_lightning.demo import run_demo
 
             run_demo(words[1:])
+        elif words[:1] == ["check"]:
+            # Only here: it is made of this command line.
+            from sdpo_lightning.check_command import run_check
+
+            run_check(words[1:], model_class, datamodule_class)
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
@@ -257,10 +274,13 @@ def main(
         _stop(error, 2)
     except ResumeError as error:
         _stop(error, 3)
+    except pickle.UnpicklingError:
+        refused = "`ckpt_path` holds more than tensors and plain values, which might be code, and none of it was run"
+        _stop(ResumeError(f"{refused}; give a checkpoint of a run of this package"), 3)
     except (SelfCheckError, FloatingPointError) as error:
         _stop(error, 1)
 
 
 def _stop(error: Exception, code: int) -> NoReturn:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {hide_in_text(' '.join(str(error).split()))}", file=sys.stderr)
     raise SystemExit(code)

@@ -17,7 +17,7 @@ from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import epochs_of, stage_names
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
-from sdpo_lightning.data.prepare import SourceReport, hold_out, load_tokenizer, prepare_source
+from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
 from sdpo_lightning.exactness import COLLATORS
@@ -49,7 +49,7 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
     ranks = ranks_a_node * int(trainer.get("num_nodes") or 1)
     lora = _lora(model.get("lora"))
     return Run(
-        shape=model_shape(_model_config(model_config or model["model_name_or_path"]), precision.startswith("bf16")),
+        shape=model_shape(read_model_config(model_config or model["model_name_or_path"]), precision.startswith("bf16")),
         ranks=ranks,
         ranks_a_node=ranks_a_node,
         shards=_shards(trainer.get("strategy"), ranks, ranks_a_node),
@@ -68,7 +68,18 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
     )
 
 
-def _model_config(name_or_path: str) -> Any:
+def count_ranks(trainer: Mapping[str, Any]) -> int:
+    """Processes of a run, by the parsed group `trainer`."""
+    devices = _count_devices(trainer.get("devices"), _is_cuda(trainer.get("accelerator")))
+    return devices * int(trainer.get("num_nodes") or 1)
+
+
+def read_model_config(name_or_path: str) -> Any:
+    """The transformers config of a model.
+
+    Raises:
+        ConfigurationError: there is none that can be read without running anybody's code.
+    """
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -207,11 +218,11 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
 
 
 def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
-    tokenize = PairTokenizer(load_tokenizer(data.get("tokenizer") or model), data["max_length"])
-    sources = [PreferenceSource(**source) for source in data["sources"]]
-    prepared = [prepare_source(i, source, tokenize, data["on_bad_row"]) for i, source in enumerate(sources)]
-    hold_out([report for report, _ in prepared], data["val_fraction"], data["seed"])
-    return {report.name: report for report, _ in prepared}, PairStore([part for _, parts in prepared for part in parts])
+    tokenizer = load_tokenizer(data.get("tokenizer") or model)
+    how = Preparation(PairTokenizer(tokenizer, data["max_length"], data["on_long_prompt"]), data["on_bad_row"])
+    reports, parts = prepare_sources([PreferenceSource(**source) for source in data["sources"]], how)
+    hold_out(reports, data["val_fraction"], data["seed"])
+    return {report.name: report for report in reports}, PairStore(parts)
 
 
 def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> list[Chunk]:
