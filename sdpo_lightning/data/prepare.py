@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,8 @@ def _build_part(
     if done.bad is not None:
         number, rule = (done.bad[0] & (VAL_FIRST_ROW - 1)) + 1, "on_bad_row" if strict else "on_long_prompt"
         raise ConfigurationError(f"source {source.name!r}, row {number}: {done.bad[1]} (`data.{rule}: error`)")
-    total = loaded.dropped | done.dropped
+    # A reason may be found in the text or only in the ids.
+    total = dict(Counter(loaded.dropped) + Counter(done.dropped))
     if not done.pairs:
         raise ConfigurationError(
             f"source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
