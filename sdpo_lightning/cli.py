@@ -175,6 +175,10 @@ class CurriculumCLI(LightningCLI):
         """Lightning's verbs and `rank`."""
         return LightningCLI.subcommands() | {"rank": {"model", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's warning that `sys.argv` is there too, which repeats what may be secret."""
+        self.config = parser.parse_args(args)
+
     def before_instantiate_classes(self) -> None:
         """Ask for a run directory, and compute in bf16 where a GPU can.
 
@@ -205,10 +209,6 @@ class EstimateCLI(CurriculumCLI):
         parser.add_argument("--model_config", type=str | None, help="config.json of the model, instead of the model's")
         parser.add_argument("--ckpt_path", type=str | None)
         parser.add_argument("--weights_only", type=bool | None)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Without Lightning's warning that `sys.argv` is there too."""
-        self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """No run directory is needed."""

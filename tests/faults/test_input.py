@@ -283,10 +283,9 @@ texts = st.lists(st.integers(3, 12).map(lambda n: f"w{n}"), min_size=1, max_size
 
 
 @FEW
-@given(texts, texts, texts, limit=st.integers(1, 8), rule=st.sampled_from(RULES), chat=st.booleans())
-def test_24_every_kept_side_has_a_completion_and_the_same_prompt(
-    tiny_tokenizer, prompt, chosen, rejected, limit, rule, chat
-):
+@given(text=st.tuples(texts, texts, texts), limit=st.integers(1, 8), rule=st.sampled_from(RULES), chat=st.booleans())
+def test_24_every_kept_side_has_a_completion_and_the_same_prompt(tiny_tokenizer, text, limit, rule, chat):
+    prompt, chosen, rejected = text
     if limit < 2:
         with pytest.raises(ConfigurationError, match="`data.max_length`"):
             PairTokenizer(tiny_tokenizer, limit, rule)
