@@ -21,10 +21,9 @@ class CheckCLI(EstimateCLI):
     findings: list[Finding]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What `check` alone takes, and what a config for `fit` may hold without a meaning here."""
+        """What `estimate` takes too, and what `check` alone takes."""
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--show", type=int, default=0, help="pairs of each source to show as the loss sees them")
-        parser.add_argument("--ckpt_path", type=str | None)
-        parser.add_argument("--weights_only", type=bool | None)
 
     def instantiate_classes(self) -> None:
         """Only data and small files are read."""

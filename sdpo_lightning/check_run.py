@@ -51,15 +51,20 @@ def review(config: Config, show: int = 0, own_model: bool = False) -> list[Findi
     Returns:
         What was found, in the order of a run.
     """
+    found = [*_foreign(config)]
     config = {group: _arguments(config[group]) for group in ("trainer", "model", "data")} | {
-        "ckpt_path": config.get("ckpt_path")
+        key: config.get(key) for key in ("ckpt_path", "model_config")
     }
-    found = [*_foreign(config), *_paths(config)]
+    # An own class may take fewer settings, and has ours for the others.
+    config["data"] = {key: p.default for key, p in _settings().items() if p.default is not p.empty} | config["data"]
+    found += _paths(config)
+    if not config["model"].get("model_name_or_path"):
+        return [*found, Finding("info", "without `model.model_name_or_path` the data can't be looked at")]
     module = _tried(found, lambda: _data_module(config["data"]))
     _tried(found, lambda: _check_model(config))
     model = config["model"]["model_name_or_path"]
     if not own_model:
-        _tried(found, lambda: read_model_config(model))
+        _tried(found, lambda: read_model_config(config["model_config"] or model))
     tokenizer = _tried(found, lambda: load_tokenizer(config["data"].get("tokenizer") or model))
     if tokenizer is not None:
         _tried(found, lambda: check_vocabulary(tokenizer, model))
@@ -123,10 +128,13 @@ def _existing(root: str) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
+def _settings() -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(CurriculumDataModule).parameters
+
+
 def _data_module(data: Config) -> CurriculumDataModule:
     """Ours, whichever class the run has: for the checks that it makes."""
-    known = inspect.signature(CurriculumDataModule).parameters
-    given = {key: value for key, value in data.items() if key in known}
+    given = {key: value for key, value in data.items() if key in _settings()}
     return CurriculumDataModule(**given | {"sources": [PreferenceSource(**source) for source in data["sources"]]})
 
 
@@ -216,7 +224,7 @@ def _disk(config: Config, pairs: int | None) -> list[Finding]:
     """What the run would leave, where the sizes of its model are known, and whether there is room."""
     root = config["trainer"].get("default_root_dir")
     try:
-        run = read_run(config)
+        run = read_run(config, config["model_config"])
     except ConfigurationError as error:
         return [Finding("info", f"disk: not known ({str(error).split(';')[0]})")]
     if root is None:

@@ -116,11 +116,11 @@ class ConfigAfterChecks(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "config.yaml"
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
-            written = yaml.safe_load(path.read_text())
-            if (clean := hide_in_config(written)) != written:
-                path.write_text(yaml.safe_dump(clean, sort_keys=False))
+            text = self.parser.dump(self.config, skip_none=False)
+            given = yaml.safe_load(text)
+            if (clean := hide_in_config(given)) != given:
+                text = yaml.safe_dump(clean, sort_keys=False)
+            (folder / "config.yaml").write_text(text)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -251,7 +251,8 @@ def main(
     words = sys.argv[1:] if args is None else list(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for handler in logging.getLogger().handlers:
-        handler.addFilter(HidesSecrets())
+        if not any(isinstance(present, HidesSecrets) for present in handler.filters):
+            handler.addFilter(HidesSecrets())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # A bar for each weight file says nothing that our own lines don't.
     transformers_logging.disable_progress_bar()
