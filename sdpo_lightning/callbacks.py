@@ -22,11 +22,13 @@ from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import DurableCheckpointIO
 from sdpo_lightning.checks import (
     check_disks,
+    check_links,
     check_optimizers,
     check_run_dir,
     check_start,
     check_strategy,
     check_trainer,
+    check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.exactness import COLLATORS, exact_layout
@@ -69,6 +71,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
+        from_first_rank(lambda: check_vocabulary(trainer.datamodule.tokenizer, pl_module.model_name_or_path))
+        from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
 from sdpo_lightning.strategy import FSDP2Strategy
@@ -83,6 +84,47 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             f"`model.optimizer` is bitsandbytes' {type(probe).__name__}, whose kernels mix shards with plain tensors; "
             f"use torch.optim.AdamW with {name}, or `trainer.strategy: ddp` or one device with this one"
         )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> None:
+    """Refuse a tokenizer with ids beyond the model's embedding: a GPU would stop at one without a word of sense.
+
+    Args:
+        tokenizer: of the data.
+        model_name_or_path: of a model; what has no readable config is left to the one who loads it.
+
+    Raises:
+        ConfigurationError: with both sizes. An embedding with more rows, padded ones, is fine.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError):
+        return
+    rows = config.get_text_config().to_dict().get("vocab_size")
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if isinstance(rows, int) and needed > rows:
+        raise ConfigurationError(
+            f"the tokenizer has ids up to {needed - 1}, but {model_name_or_path!r} has {rows} embeddings, expected at "
+            f"least {needed}; use the model's own tokenizer (`data.tokenizer`), or give the model larger embeddings"
+        )
+
+
+def check_links(root: Path) -> None:
+    """Refuse links by which a run would write outside its directory.
+
+    Args:
+        root: `trainer.default_root_dir`.
+
+    Raises:
+        ConfigurationError: with the link.
+    """
+    for name in ("stages", "checkpoints", "references"):
+        path = root / name
+        if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            raise ConfigurationError(
+                f"{path} is a link to {path.resolve()}, expected a folder within the run directory; remove it or set "
+                "another `trainer.default_root_dir`"
+            )
 
 
 def check_disks(trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and the own verbs `rank`, `estimate` and `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, our own `rank`, `estimate`, `check` and `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import pickle
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -29,6 +31,7 @@ from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.redaction import HidesSecrets, hide_in_config, hide_in_text
 from sdpo_lightning.run_lock import check_free
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
@@ -120,10 +123,13 @@ class ConfigAfterChecks(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            path = str(folder / "config.yaml")
             # Whoever starts a run from this file doesn't mean to go on from that checkpoint.
             self.config.ckpt_path = None
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+            text = self.parser.dump(self.config, skip_none=False)
+            given = yaml.safe_load(text)
+            if (clean := hide_in_config(given)) != given:
+                text = yaml.safe_dump(clean, sort_keys=False)
+            (folder / "config.yaml").write_text(text)
 
 
 class OneLineParser(LightningArgumentParser):
@@ -178,13 +184,21 @@ class CurriculumCLI(LightningCLI):
         """Lightning's verbs and `rank`."""
         return LightningCLI.subcommands() | {"rank": {"model", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's warning that `sys.argv` is there too, which repeats what may be secret."""
+        self.config = parser.parse_args(args)
+
     def before_instantiate_classes(self) -> None:
         """Ask for a run directory, and compute in bf16 where a GPU can.
 
         Raises:
-            ConfigurationError: no run directory is given.
+            ConfigurationError: no run directory is given, or a checkpoint might run code.
         """
         trainer = self.config[self.subcommand].trainer
+        if "weights_only" in self.config[self.subcommand]:
+            if self.config[self.subcommand].weights_only is False:
+                raise ConfigurationError("`weights_only` is false: any code in a checkpoint would run; leave it out")
+            self.config[self.subcommand].weights_only = True
         if trainer.precision is None and _has_bf16_gpu(trainer.accelerator):
             # fp32 master weights stay: see `trainer.precision` in the README.
             trainer.precision = "bf16-mixed"
@@ -242,10 +256,6 @@ class EstimateCLI(CurriculumCLI):
         parser.add_argument("--ckpt_path", type=str | None)
         parser.add_argument("--weights_only", type=bool | None)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Without Lightning's warning that `sys.argv` is there too."""
-        self.config = parser.parse_args(args)
-
     def before_instantiate_classes(self) -> None:
         """No run directory is needed."""
 
@@ -288,6 +298,9 @@ def main(
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(present, HidesSecrets) for present in handler.filters):
+            handler.addFilter(HidesSecrets())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # A bar for each weight file says nothing that our own lines don't.
     transformers_logging.disable_progress_bar()
@@ -297,6 +310,11 @@ def main(
             from sdpo_lightning.demo import run_demo
 
             run_demo(words[1:])
+        elif words[:1] == ["check"]:
+            # Only here: it is made of this command line.
+            from sdpo_lightning.check_command import run_check
+
+            run_check(words[1:], model_class, datamodule_class)
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
@@ -306,6 +324,9 @@ def main(
         _stop(error, 2, debug)
     except ResumeError as error:
         _stop(error, 3, debug)
+    except pickle.UnpicklingError as error:
+        refused = "`ckpt_path` holds more than tensors and plain values, which might be code, and none of it was run"
+        _stop(ResumeError(f"{refused}; give a checkpoint of a run of this package ({type(error).__name__})"), 3, debug)
     except (SelfCheckError, FloatingPointError, OSError) as error:
         _stop(error, 1, debug)
 
@@ -313,5 +334,5 @@ def main(
 def _stop(error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {hide_in_text(' '.join(str(error).split()))}", file=sys.stderr)
     raise SystemExit(code)

@@ -49,7 +49,7 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
     ranks = ranks_a_node * int(trainer.get("num_nodes") or 1)
     lora = _lora(model.get("lora"))
     return Run(
-        shape=model_shape(_model_config(model_config or model["model_name_or_path"]), precision.startswith("bf16")),
+        shape=model_shape(read_model_config(model_config or model["model_name_or_path"]), precision.startswith("bf16")),
         ranks=ranks,
         ranks_a_node=ranks_a_node,
         shards=_shards(trainer.get("strategy"), ranks, ranks_a_node),
@@ -68,7 +68,18 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
     )
 
 
-def _model_config(name_or_path: str) -> Any:
+def count_ranks(trainer: Mapping[str, Any]) -> int:
+    """Processes of a run, by the parsed group `trainer`."""
+    devices = _count_devices(trainer.get("devices"), _is_cuda(trainer.get("accelerator")))
+    return devices * int(trainer.get("num_nodes") or 1)
+
+
+def read_model_config(name_or_path: str) -> Any:
+    """The transformers config of a model.
+
+    Raises:
+        ConfigurationError: there is none that can be read without running anybody's code.
+    """
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -207,9 +218,10 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
 
 
 def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
-    tokenize = PairTokenizer(load_tokenizer(data.get("tokenizer") or model), data["max_length"])
-    sources = [PreferenceSource(**source) for source in data["sources"]]
-    reports, parts = prepare_sources(sources, Preparation(tokenize, data["on_bad_row"], data["num_proc"]))
+    tokenizer = load_tokenizer(data.get("tokenizer") or model)
+    tokenize = PairTokenizer(tokenizer, data["max_length"], data["on_long_prompt"])
+    how = Preparation(tokenize, data["on_bad_row"], data["num_proc"])
+    reports, parts = prepare_sources([PreferenceSource(**source) for source in data["sources"]], how)
     hold_out(reports, data["val_fraction"], data["seed"])
     return {report.name: report for report in reports}, PairStore(parts)
 

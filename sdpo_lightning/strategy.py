@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sdpo_lightning.adapters import check_checkpoint
 from sdpo_lightning.checkpoint_files import commit, remove_checkpoint
+from sdpo_lightning.plain_shards import PlainPlanner, check_shards
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import Sharding
 from sdpo_lightning.types import ConfigurationError, ResumeError
@@ -138,6 +139,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`ckpt_path`: {path} is no distributed checkpoint; a run keeps its `trainer.strategy` when it goes on"
             )
         metadata = torch.load(path / _META, map_location="cpu", weights_only=True)
+        check_shards(path)
         held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         module = self.lightning_module
         names = [n.removeprefix("state_dict.") for n in held if n.startswith("state_dict.")]
@@ -146,7 +148,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Frozen weights are not in it.
         weights = {n: w for n, w in get_model_state_dict(self.model).items() if f"state_dict.{n}" in held}
         state = {"state_dict": weights}
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, checkpoint_id=path, planner=PlainPlanner())
         strict = self.lightning_module.strict_loading
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=strict))
         self._restoring = path
@@ -157,7 +159,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self._restoring is not None, "no checkpoint is open"
         for number, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=self._restoring)
+            dcp.load(state, checkpoint_id=self._restoring, planner=PlainPlanner())
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
 
 

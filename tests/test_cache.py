@@ -100,8 +100,8 @@ def test_a_warm_start_gives_what_a_cold_one_gives_log_included(tmp_path, tokeniz
         warm = outcome(sources, Preparation(tokenize))
     assert warm == cold
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == said
-    # Rows and pairs, of the training and of the held-out file, and the prompts that stand in both.
-    assert len(said) == 5
+    # Rows, pairs and cut completions, of the training and of the held-out file; of b the cut completions.
+    assert len(said) == 7
     # Of 40 rows 0, 9, 18, 27, 36 have an empty answer; 4, 15, 26, 37 a long prompt; row 20 a control token.
     counts = {"empty_chosen": 5, "prompt_too_long": 4, "special_token_in_text": 1}
     assert counts.items() <= cold[0][0]["dropped"].items()
@@ -138,11 +138,13 @@ def test_each_setting_and_each_byte_changes_the_key(tmp_path, tokenize):
     keys.append(fingerprint(source, 1, tokenize, "drop").key)
     keys.append(fingerprint(source, 0, tokenize, "error").key)
     keys.append(fingerprint(source, 0, PairTokenizer(tokenize.tokenizer, 13), "drop").key)
+    for rule in ("truncate_left", "error"):
+        keys.append(fingerprint(source, 0, PairTokenizer(tokenize.tokenizer, 12, rule), "drop").key)
     for path in (source.path, source.val_path):
         with Path(path).open("ab") as file:
             file.write(b"\n")
         keys.append(fingerprint(source, 0, tokenize, "drop").key)
-    assert len(set(keys)) == len(keys) == 12
+    assert len(set(keys)) == len(keys) == 14
 
 
 @given(data=st.data())

@@ -17,7 +17,7 @@ import sdpo_lightning
 ROOT = Path(sdpo_lightning.__file__).parent
 NAME = "sdpo_lightning"
 # Module -> what it may import although its rank isn't lower, and where.
-LAZY_EXEMPTION = ("cli", "main", "demo")
+LAZY_EXEMPTIONS = {("cli", "main", "demo"), ("cli", "main", "check_command")}
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 
@@ -83,7 +83,7 @@ def test_a_file_imports_only_files_of_lower_rank():
     for module, rank in RANKS.items():
         for target, function, line in _imported(module):
             edges += 1
-            if (module, function, target) == LAZY_EXEMPTION:
+            if (module, function, target) in LAZY_EXEMPTIONS:
                 exempted += 1
                 continue
             other = RANKS.get(target)
@@ -97,7 +97,7 @@ def test_a_file_imports_only_files_of_lower_rank():
     assert wrong == []
     # The walk sees what there is to see: `module` alone imports ten and more files.
     assert edges > 40
-    assert exempted == 1
+    assert exempted == len(LAZY_EXEMPTIONS)
 
 
 IMPORT_EACH = """

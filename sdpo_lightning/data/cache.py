@@ -36,7 +36,7 @@ from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 1
+_SCHEMA = 2
 _CONTENT = "source.json"
 _WEEK = 7 * 86_400
 
@@ -48,7 +48,7 @@ class Fingerprint:
     Attributes:
         data: of its files.
         tokenizer: of what the tokenizer does.
-        settings: of the source's settings, `data.max_length`, `data.on_bad_row` and its place.
+        settings: of the source's settings and place, `data.max_length`, `data.on_bad_row`, `data.on_long_prompt`.
         rules: of the versions and the code that read and tokenise.
     """
 
@@ -75,7 +75,7 @@ def fingerprints(sources: Sequence[PreferenceSource], tokenize: PairTokenizer, o
         ConfigurationError: a hub data set that can't be had.
     """
     tokenizer, rules = _tokenizer_digest(tokenize.tokenizer), _rules_digest()
-    common = {"max_length": tokenize.max_length, "on_bad_row": on_bad_row}
+    common = {"max_length": tokenize.max_length, "on_bad_row": on_bad_row, "on_long_prompt": tokenize.on_long_prompt}
     return [
         Fingerprint(data_digest(source), tokenizer, _digest(asdict(source) | common | {"index": index}), rules)
         for index, source in enumerate(sources)

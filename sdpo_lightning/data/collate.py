@@ -10,29 +10,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.data.batching import longer_side
+from sdpo_lightning.data.packing import Completions, PackedRow
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 Text = str | list[dict[str, str]]
 Count = TypeVar("Count", int, np.ndarray)
+LongPromptRule = Literal["drop", "truncate_left", "error"]
+# What happened to a pair that is kept.
+Mark = Literal["prompt_cut", "completion_cut", "prompt_merged"]
+TOO_LONG = "prompt_too_long"
 
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Ids of one pair after truncation: both sides have the same prompt and at least one completion token."""
+    """Ids of one pair after truncation: both sides have the same prompt and at least one completion token.
+
+    Attributes:
+        prompt_ids: of both sides.
+        chosen_ids: of the completion alone.
+        rejected_ids: of the completion alone.
+        marks: `prompt_cut` and `completion_cut` by truncation; `prompt_merged`: the prompt's own ids don't begin
+            those of prompt + completion, which starts where they part.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    marks: tuple[Mark, ...] = field(default=(), compare=False)
 
 
 class PairTokenizer:
@@ -41,12 +54,15 @@ class PairTokenizer:
     Args:
         tokenizer: a transformers tokenizer with an EOS token.
         max_length: most tokens of prompt + completion; a longer completion loses its end.
+        on_long_prompt: what becomes of a prompt without room for a completion: see `data.on_long_prompt`.
 
     Raises:
         ConfigurationError: a tokenizer without EOS, or a `max_length` below 2.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_prompt: LongPromptRule = "drop"
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigurationError(
                 "the tokenizer has no EOS token, so no answer could end; set `eos_token` in its "
@@ -56,6 +72,7 @@ class PairTokenizer:
             raise ConfigurationError(f"`data.max_length` is {max_length}, expected at least 2")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.on_long_prompt: LongPromptRule = on_long_prompt
         added = tokenizer.added_tokens_decoder.values()
         self.special_texts = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
 
@@ -131,19 +148,28 @@ def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected
         except TemplateError:
             return "refused_by_template"
     boundary = min(_common_prefix(prompt_ids, side) for side in sides)
-    return _truncate(sides, boundary, tokenizer.max_length)
+    # Some tokenizers end every text, and so the prompt, with EOS.
+    merged = boundary < len(prompt_ids) - (prompt_ids[-1:] == [tokenizer.tokenizer.eos_token_id])
+    return _truncate(tokenizer, sides, boundary, merged)
 
 
-def _truncate(sides: Sequence[list[int]], boundary: int, max_length: int) -> TokenizedPair | str:
-    if boundary >= max_length:
-        return "prompt_too_long"
-    chosen, rejected = (side[boundary:max_length] for side in sides)
+def _truncate(tokenizer: PairTokenizer, sides: Sequence[list[int]], boundary: int, merged: bool) -> TokenizedPair | str:
+    start, most = 0, tokenizer.max_length
+    if tokenizer.on_long_prompt == "truncate_left":
+        # Half of the length is the completions', if they need it.
+        room = min(most // 2, max(map(len, sides)) - boundary)
+        start = max(0, boundary + room - most)
+    elif boundary >= most:
+        return TOO_LONG
+    chosen, rejected = (side[boundary : start + most] for side in sides)
     # Without a prompt token nothing predicts the first completion token.
     if boundary == 0 or not chosen or not rejected:
         return "empty_completion"
     if chosen == rejected:
         return "identical"
-    return TokenizedPair(sides[0][:boundary], chosen, rejected)
+    cut = any(len(side) > start + most for side in sides)
+    found: dict[Mark, bool] = {"prompt_cut": start > 0, "completion_cut": cut, "prompt_merged": merged}
+    return TokenizedPair(sides[0][start:boundary], chosen, rejected, tuple(mark for mark in found if found[mark]))
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -217,7 +243,7 @@ class PaddedCollator(PreferenceCollator):
         length = self.row_length(longest)
         input_ids = torch.full((len(sides), length), self.pad_token_id)
         attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
-        builder = _Completions(2 * len(pairs))
+        builder = Completions(2 * len(pairs))
         for row, (prompt, completion) in enumerate(sides):
             ids = torch.tensor(prompt + completion)
             input_ids[row, : len(ids)] = ids
@@ -244,7 +270,7 @@ class PackedCollator(PreferenceCollator):
         self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
     ) -> PreferenceBatch:
         """Build a micro-batch; see `PreferenceCollator`."""
-        row = _Row(len(pairs))
+        row = PackedRow(len(pairs))
         for number, pair in enumerate(pairs):
             self.add_pair(row, number, number + len(pairs), pair)
         num_tokens = len(row.ids)
@@ -265,7 +291,7 @@ class PackedCollator(PreferenceCollator):
         """Two prompts and two completions, `[P]`; see `PreferenceCollator`."""
         return lengths.sum(0) + lengths[0]
 
-    def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
+    def add_pair(self, row: PackedRow, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append one pair, whose completions are the sequences `chosen` and `rejected`."""
         row.add(chosen, pair.prompt_ids, pair.chosen_ids)
         row.add(rejected, pair.prompt_ids, pair.rejected_ids)
@@ -278,70 +304,7 @@ class SharedPrefixCollator(PackedCollator):
         """One prompt and two completions, `[P]`; see `PreferenceCollator`."""
         return lengths.sum(0)
 
-    def add_pair(self, row: _Row, chosen: int, rejected: int, pair: TokenizedPair) -> None:
+    def add_pair(self, row: PackedRow, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append prompt and chosen completion, then the rejected one, which attends to the same prompt."""
         start = row.add(chosen, pair.prompt_ids, pair.chosen_ids)
         row.add_behind(rejected, start, len(pair.prompt_ids), pair.rejected_ids)
-
-
-class _Completions:
-    """Which position predicts which token of which sequence."""
-
-    def __init__(self, sequences: int) -> None:
-        self._sources: list[int] = []
-        self._targets: list[int] = []
-        self._sequences: list[int] = []
-        self._lengths = [0] * sequences
-
-    def add(self, sequence: int, predictor: int, first: int, completion: list[int]) -> None:
-        """A completion that stands at `first`, its first token predicted from `predictor`."""
-        self._sources += [predictor, *range(first, first + len(completion) - 1)]
-        self._targets += completion
-        self._sequences += [sequence] * len(completion)
-        self._lengths[sequence] = len(completion)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Fields of `PreferenceBatch`."""
-        return {
-            "source_index": torch.tensor(self._sources),
-            "target_ids": torch.tensor(self._targets),
-            "sequence_index": torch.tensor(self._sequences),
-            "completion_lengths": torch.tensor(self._lengths),
-        }
-
-
-class _Row:
-    """A packed row in the making."""
-
-    def __init__(self, pairs: int) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.segments: list[tuple[int, int, int, int]] = []
-        self.completions = _Completions(2 * pairs)
-
-    def add(self, sequence: int, prompt: list[int], completion: list[int]) -> int:
-        """Prompt and completion as a segment of their own; returns where it starts."""
-        start = len(self.ids)
-        self.ids += prompt + completion
-        self.positions += range(len(prompt) + len(completion))
-        self.segments.append((start, len(self.ids), start, start))
-        first = start + len(prompt)
-        self.completions.add(sequence, first - 1, first, completion)
-        return start
-
-    def add_behind(self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int]) -> None:
-        """A completion behind a prompt that stands earlier in the row."""
-        start = len(self.ids)
-        self.ids += completion
-        self.positions += range(prompt_length, prompt_length + len(completion))
-        prompt_end = prompt_start + prompt_length
-        self.segments.append((start, len(self.ids), prompt_start, prompt_end))
-        self.completions.add(sequence, prompt_end - 1, start, completion)
-
-    def fill(self, length: int, pad_token_id: int) -> None:
-        """Round the row up by a segment of its own, which no completion sees."""
-        start = len(self.ids)
-        if start < length:
-            self.ids += [pad_token_id] * (length - start)
-            self.positions += range(length - start)
-            self.segments.append((start, length, start, start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -128,6 +129,27 @@ def chunks_random(
     return chunks
 
 
+def cut_into_chunks(
+    partition: Literal["by_source", "pooled", "random"],
+    groups: Sequence[Sequence[str]],
+    pair_ids: Mapping[str, Sequence[int]],
+    seed: int,
+) -> list[Chunk]:
+    """All pairs as the chunks of `data.partition`.
+
+    Args:
+        partition: which way.
+        groups: source names that train together, in training order.
+        pair_ids: source name -> ids.
+        seed: of the shuffles.
+    """
+    if partition == "pooled":
+        return chunk_pooled(pair_ids, seed)
+    if partition == "random":
+        return chunks_random(groups, pair_ids, seed)
+    return chunks_by_source(groups, pair_ids)
+
+
 def _shuffled(items: Sequence[int], seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
@@ -164,10 +186,16 @@ def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) ->
         One `Stage` a chunk, index from 1.
 
     Raises:
-        ConfigurationError: a chunk without pairs or without a step.
+        ConfigurationError: a chunk without pairs or without a step, or whose name can't be a folder's.
     """
     stages, first_epoch = [], 0
     for index, (chunk, steps) in enumerate(zip(chunks, epoch_steps, strict=True), 1):
+        # An own `partition` may give any name; an export must not fail, or leave the run, after hours of training.
+        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}", chunk.name):
+            raise ConfigurationError(
+                f"stage {index} has the name {chunk.name!r}, expected at most 200 letters, digits, '.', '_', '+' and "
+                "'-' without a leading '.': it becomes a folder's name; see `data.sources`, `data.stages`"
+            )
         if not len(chunk.pair_ids) or min(steps) < 1:
             raise ConfigurationError(
                 f"stage {index} {chunk.name!r}: {len(chunk.pair_ids)} pairs make no optimizer step; "

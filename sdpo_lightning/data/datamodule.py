@@ -15,14 +15,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from sdpo_lightning.data.collate import PaddedCollator, PairTokenizer, PreferenceCollator
+from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import (
     check_epochs,
     check_groups,
     check_numbers,
-    chunk_pooled,
-    chunks_by_source,
-    chunks_random,
+    cut_into_chunks,
     epochs_of,
     order_groups,
     pair_gamma,
@@ -36,9 +34,10 @@ from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
-from sdpo_lightning.ranks import side_by_side
+from sdpo_lightning.ranks import from_first_rank, side_by_side
 from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
 
 
@@ -64,6 +63,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         shuffle: shuffle the pairs of a stage anew each epoch.
         seed: of shuffling, pooling and splitting.
         on_bad_row: `drop` and count, or `error`.
+        on_long_prompt: of prompts that leave no room for a completion: `drop` and count, `truncate_left` or `error`.
+        on_val_overlap: of prompts that are both trained on and held out: `error` or `warn`.
         val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
         tokenizer: folder or hub name; default: the model's.
         num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
@@ -91,6 +92,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         on_bad_row: Literal["drop", "error"] = "drop",
+        on_long_prompt: LongPromptRule = "drop",
+        on_val_overlap: OverlapRule = "error",
         val_fraction: float = 0.0,
         tokenizer: str | None = None,
         num_proc: int | None = None,
@@ -109,6 +112,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.layout: LayoutName = layout
         self.seed = seed
         self.on_bad_row = on_bad_row
+        self.on_long_prompt: LongPromptRule = on_long_prompt
+        self.on_val_overlap: OverlapRule = on_val_overlap
         self.val_fraction = val_fraction
         self.tokenizer_name = tokenizer
         self.num_proc = num_proc
@@ -133,16 +138,17 @@ class CurriculumDataModule(pl.LightningDataModule):
             return
         trainer = self.trainer
         assert trainer is not None, "`setup` runs within a Trainer"
-        name = self.tokenizer_name or trainer.lightning_module.model_name_or_path
-        self.tokenizer = side_by_side(lambda: load_tokenizer(name))
-        tokenize = PairTokenizer(self.tokenizer, self.max_length)
+        model = trainer.lightning_module.model_name_or_path
+        self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
+        tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
         reports, parts = prepare_sources(self.sources, Preparation(tokenize, self.on_bad_row, self.num_proc, *place))
         hold_out(reports, self.val_fraction, self.seed)
+        if stage == "fit":
+            act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))
         self.reports = {report.name: report for report in reports}
         self.store = PairStore(parts)
-        pad = self.tokenizer.pad_token_id
-        self.pad_token_id = pad if pad is not None else 0
+        self.pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         # Until the model is there to say whether `layout` is exact for it.
         self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id, self.batching.pad_to_multiple_of)
 
@@ -191,11 +197,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         groups = order_groups(self.groups, scores, self.order, self.merge_ties)
         self.source_order = [name for group in groups for name in group]
         pair_ids = {name: report.train_ids for name, report in self.reports.items()}
-        if self.partition_kind == "pooled":
-            return chunk_pooled(pair_ids, self.seed)
-        if self.partition_kind == "random":
-            return chunks_random(groups, pair_ids, self.seed)
-        return chunks_by_source(groups, pair_ids)
+        return cut_into_chunks(self.partition_kind, groups, pair_ids, self.seed)
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -213,20 +215,18 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def total_epochs(self) -> int:
         """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
-        if self._chunks is not None:
-            return sum(epochs_of(self.epochs_per_stage, chunk.name) for chunk in self._chunks)
-        return sum(epochs_of(self.epochs_per_stage, name) for name in stage_names(self.partition_kind, self.groups))
+        planned = stage_names(self.partition_kind, self.groups)
+        names = planned if self._chunks is None else [chunk.name for chunk in self._chunks]
+        return sum(epochs_of(self.epochs_per_stage, name) for name in names)
 
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
         # A layout that this one has to give way to takes more.
         passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
         groups = [list(self.reports)] if self.partition_kind == "pooled" else self.groups
-        found = []
-        for group in groups:
-            ids = [i for name in group for i in self.reports[name].train_ids]
-            found.append(passes.fewest_batches(self.train_ids() if self.partition_kind == "random" else ids, len(ids)))
-        return min(found)
+        chunks = [[i for name in group for i in self.reports[name].train_ids] for group in groups]
+        pool = self.train_ids() if self.partition_kind == "random" else None
+        return min(passes.fewest_batches(ids if pool is None else pool, len(ids)) for ids in chunks)
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
@@ -321,6 +321,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self._row_hashes is None:
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
+            "data.on_long_prompt": self.on_long_prompt,
             "data.partition": self.partition_kind,
             "data.order": self.order,
             "data.epochs_per_stage": {c.name: epochs_of(self.epochs_per_stage, c.name) for c in self._chunks or ()},

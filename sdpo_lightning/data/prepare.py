@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class SourceReport:
     pairs: int
     val_pairs: int
     dropped: dict[str, int]
+    marks: dict[str, int] = field(default_factory=dict)
     reward_accuracy: float | None = None
     standard_error: float | None = None
     mean_logps_accuracy: float | None = None
@@ -158,17 +160,14 @@ def build_source(index: int, source: PreferenceSource, how: Preparation, folder:
         ConfigurationError: a file that can't be read, or no pairs left.
     """
     train, dropped, notes = _build_part(index, source, None, how, folder / "train")
-    content = {"name": source.name, "dropped": dropped, "notes": notes, "parts": [_names(train)]}
+    content = {"name": source.name, "dropped": dropped, "marks": train.marks, "notes": notes, "parts": [_names(train)]}
     if source.val_path is None:
         return content
     val, val_dropped, val_notes = _build_part(index, source, source.val_path, how, folder / "val")
     content["parts"].append(_names(val))
     content["dropped"] |= {f"val_{reason}": count for reason, count in val_dropped.items()}
+    content["marks"] |= {f"val_{mark}": count for mark, count in val.marks.items()}
     content["notes"] += val_notes
-    both = np.intersect1d(*(_column(_join(part.files), "prompt_key") for part in (train, val))).size
-    if both:
-        text = f"source {source.name!r}: {both} prompts stand in its training and its held-out file"
-        content["notes"].append((logging.WARNING, text))
     return content
 
 
@@ -177,7 +176,7 @@ def _load(folder: Path) -> tuple[SourceReport, list[Dataset]]:
     for level, text in content["notes"]:
         log.log(level, "%s", text)
     parts = [_join([folder / name for name in names]) for names in content["parts"]]
-    report = SourceReport(content["name"], len(parts[0]), 0, content["dropped"])
+    report = SourceReport(content["name"], len(parts[0]), 0, content["dropped"], content["marks"])
     report.train_ids, report.prompt_keys = _column(parts[0], "pair_id").tolist(), _column(parts[0], "prompt_key")
     if len(parts) == 2:
         report.val_ids, report.val_pairs = _column(parts[1], "pair_id").tolist(), len(parts[1])
@@ -233,9 +232,10 @@ def _build_part(
     done = tokenize_rows(rows, len(loaded.rows), how.tokenize, strict, count, out, source.name)
     rows.unlink()
     if done.bad is not None:
-        number = row_number(done.bad[0])
-        raise ConfigurationError(f"source {source.name!r}, row {number}: {done.bad[1]} (`data.on_bad_row: error`)")
-    total = loaded.dropped | done.dropped
+        number, rule = row_number(done.bad[0]), "on_bad_row" if strict else "on_long_prompt"
+        raise ConfigurationError(f"source {source.name!r}, row {number}: {done.bad[1]} (`data.{rule}: error`)")
+    # A reason may be found in the text or only in the ids.
+    total = dict(Counter(loaded.dropped) + Counter(done.dropped))
     if not done.pairs:
         raise ConfigurationError(
             f"source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
@@ -247,6 +247,8 @@ def _build_part(
         level = logging.WARNING if lost > 0.01 * loaded.total else logging.INFO
         text = f"source {source.name!r}: {lost} of {loaded.total} pairs dropped: {_listed(done.dropped)}"
         notes.append((level, text))
+    if done.marks:
+        notes.append((logging.INFO, f"source {source.name!r}: of {done.pairs} pairs {_listed(done.marks)}"))
     return done, total, notes
 
 

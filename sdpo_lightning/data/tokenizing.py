@@ -21,7 +21,7 @@ from pathlib import Path
 import datasets
 from datasets.utils import tqdm
 
-from sdpo_lightning.data.collate import PairTokenizer, Text
+from sdpo_lightning.data.collate import TOO_LONG, PairTokenizer, Text
 from sdpo_lightning.data.tables import TableWriter
 from sdpo_lightning.types import ConfigurationError
 
@@ -70,20 +70,23 @@ class Tokenized:
         files: Arrow files of the pairs, in the order of the rows.
         pairs: how many.
         dropped: reason -> number of rows dropped for it, in the order of their first rows.
+        marks: what happened to kept pairs -> how many; see `TokenizedPair`.
         bad: `pair_id` of and reason for the first dropped row, where that ends the work.
     """
 
     files: list[Path] = field(default_factory=list)
     pairs: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
     bad: tuple[int, str] | None = None
 
     def add(self, other: Tokenized) -> None:
         """Take over the shards behind these."""
         self.files += other.files
         self.pairs += other.pairs
-        for reason, count in other.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        for mine, theirs in ((self.dropped, other.dropped), (self.marks, other.marks)):
+            for reason, count in theirs.items():
+                mine[reason] = mine.get(reason, 0) + count
         self.bad = self.bad or other.bad
 
 
@@ -169,12 +172,14 @@ def tokenize_shard(shard: Shard, progress: Callable[[int], object]) -> Tokenized
         pair = shard.tokenize(row["prompt"], row["chosen"], row["rejected"])
         if isinstance(pair, str):
             result.dropped[pair] = result.dropped.get(pair, 0) + 1
-            if shard.stop_at_bad_row:
+            if shard.stop_at_bad_row or (pair == TOO_LONG and shard.tokenize.on_long_prompt == "error"):
                 result.bad = row["pair_id"], pair
                 break
             continue
         writer.add((row["pair_id"], pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, prompt_key(row["prompt"])))
         result.pairs += 1
+        for mark in pair.marks:
+            result.marks[mark] = result.marks.get(mark, 0) + 1
     writer.finish()
     return result
 
