@@ -251,6 +251,7 @@ class EstimateCLI(CurriculumCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What `estimate` alone takes, and what a config for `fit` may hold without a meaning here."""
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--device_memory_gb", type=float | None, help="of a card, 10^9 bytes; default: this one's")
         parser.add_argument("--model_config", type=str | None, help="config.json of the model, instead of the model's")
         parser.add_argument("--ckpt_path", type=str | None)
