@@ -53,7 +53,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
             )
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except UnpicklingError as error:
+            raise ResumeError(
+                "`ckpt_path` holds more than tensors and plain values, which might be code, and none of it was run: "
+                f"{path}; give a checkpoint of a run of this package"
+            ) from error
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
             reason = str(error).partition("\n")[0]
             raise ResumeError(f"`ckpt_path`: {path} is damaged or no checkpoint of tensors ({reason})") from error
 
