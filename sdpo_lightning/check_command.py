@@ -24,12 +24,13 @@ class CheckCLI(EstimateCLI):
         """What `estimate` takes too, and what `check` alone takes."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--show", type=int, default=0, help="pairs of each source to show as the loss sees them")
+        parser.add_argument("--benchmarks", nargs="+", default=[], help="files of evaluation sets, .jsonl or text")
 
     def instantiate_classes(self) -> None:
         """Only data and small files are read."""
         config = self.config.as_dict()
         own_model = self.model_class.load_weights is not DPOLitModule.load_weights
-        self.findings = review(config, config["show"], own_model)
+        self.findings = review(config, config["show"], own_model, config["benchmarks"])
 
 
 def run_check(

@@ -21,9 +21,10 @@ from sdpo_lightning.data.curriculum import cut_into_chunks, epochs_of, stage_pla
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.passes import Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.sources import PreferenceSource, prompt_texts
 from sdpo_lightning.data.survey import survey
 from sdpo_lightning.estimate import GIB
 from sdpo_lightning.estimate_inputs import count_ranks, read_model_config, read_run
@@ -40,13 +41,16 @@ _MODEL_NUMBERS = ("beta", "label_smoothing", "warmup_ratio", "lr_scheduler", "qu
 _PRECISIONS = (None, 32, "32", "32-true", "bf16-mixed")
 
 
-def review(config: Config, show: int = 0, own_model: bool = False) -> list[Finding]:
+def review(
+    config: Config, show: int = 0, own_model: bool = False, benchmarks: Sequence[str] = ()
+) -> list[Finding]:
     """Look at everything, and go on after what is wrong as far as that makes sense.
 
     Args:
         config: parsed groups `trainer`, `model` and `data` of `fit`, as plain values.
         show: so many pairs of each source are shown as text.
         own_model: a module that reads its own kind of weights; its config isn't looked for.
+        benchmarks: files of evaluation sets, in which no training prompt should stand.
 
     Returns:
         What was found, in the order of a run.
@@ -71,6 +75,8 @@ def review(config: Config, show: int = 0, own_model: bool = False) -> list[Findi
     prepared = None if module is None or tokenizer is None else _prepare(found, module, tokenizer)
     if prepared is not None:
         found += _describe(config, module, tokenizer, *prepared, show)
+        for path in benchmarks:
+            found += _overlap(found, path, module.sources)
     pairs = None if prepared is None else sum(report.pairs + report.val_pairs for report in prepared[0])
     return [*found, *_disk(config, pairs)]
 
@@ -198,6 +204,20 @@ def _describe(
     stages = _tried(found, lambda: _stages(config, module, reports, store))
     ordered = module.order == "given" and not module.merge_ties
     return found + ([] if stages is None else stage_lines(stages, ordered or len(stages) == 1))
+
+
+def _overlap(found: list[Finding], path: str, sources: Sequence[PreferenceSource]) -> list[Finding]:
+    """Training prompts that stand in an evaluation set."""
+    texts = _tried(found, lambda: read_evaluation(path))
+    lines = []
+    for index, source in enumerate(sources if texts is not None else ()):
+        overlap = texts.find(prompt_texts(source, index))
+        for rows, what in ((overlap.exact, "stand in"), (overlap.partial, "share 13 words in a row with")):
+            if rows:
+                listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+                text = f"source {source.name!r}: {len(rows)} prompts {what} {path!r}, rows {listed}; leave them out"
+                lines.append(Finding("warning", text))
+    return lines or ([] if texts is None else [Finding("info", f"no training prompt stands in {path!r}")])
 
 
 def _stages(

@@ -154,3 +154,37 @@ def test_a_review_takes_groups_with_classes(tmp_path, words, tiny_model_dir):
     found = review({"trainer": {"default_root_dir": str(tmp_path)}, "model": model, "data": data})
     assert sum("its code will run" in finding.text for finding in found) == 2
     assert sum("pairs to train on" in finding.text for finding in found) == 2
+
+
+LONG = "which of these fourteen words make up a question that an exam might ask"
+
+
+@pytest.fixture
+def exam(tmp_path):
+    """A source with one prompt that an exam asks, one that shares 13 words with it, and others; and the exam."""
+    prompts = ["w1 w2 w3", f"Please tell me {LONG.upper()}?", "What is 2 + 2?", f"{' '.join(LONG.split()[:12])} w9"]
+    rows = [{"prompt": prompt, "chosen": " w1", "rejected": f" w{i + 2}"} for i, prompt in enumerate(prompts)]
+    source = {"name": "a", "path": str(write_jsonl(tmp_path / "exam_a.jsonl", rows))}
+    questions = [{"question": "what is 2 2", "choices": ["four", {"text": "five"}]}, {"question": LONG}]
+    return source, write_jsonl(tmp_path / "exam.jsonl", questions)
+
+
+def test_prompts_of_an_evaluation_set_are_found(tmp_path, words, exam, capsys):
+    source, path = exam
+    (tmp_path / "other.txt").write_text("nothing of it\n\nfour\n")
+    given = [w for w in words if not w.startswith("--data.sources")] + [f"--data.sources={json.dumps([source])}"]
+    lines, _ = said([*given, "--benchmarks", str(path), str(tmp_path / "other.txt")], capsys)
+    found = [line for line in lines if "exam.jsonl" in line or "other.txt" in line]
+    # Row 3 is a question, case and punctuation aside; row 2 has 13 words in a row of one, row 4 has only 12.
+    assert found == [
+        f"no training prompt stands in '{tmp_path / 'other.txt'}'",
+        f"warning: source 'a': 1 prompts stand in '{path}', rows 3; leave them out",
+        f"warning: source 'a': 1 prompts share 13 words in a row with '{path}', rows 2; leave them out",
+    ]
+
+
+def test_an_evaluation_set_that_cannot_be_read_is_an_error(tmp_path, words, capsys):
+    (tmp_path / "bad.jsonl").write_text("{")
+    for name in ("none.txt", "bad.jsonl"):
+        _, errors = said([*words, "--benchmarks", str(tmp_path / name)], capsys, code=2)
+        assert len(errors) == 1 and f"`--benchmarks`: '{tmp_path / name}' can't be read" in errors[0]

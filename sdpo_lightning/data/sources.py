@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,6 +78,21 @@ class SourceRows:
     """Whether the rows are lists of messages."""
     notes: list[Note]
     """What the log is to say of the dropped rows."""
+
+
+def prompt_texts(source: PreferenceSource, source_index: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Row from 1 and the texts of its prompt, one a message, of each row that can be trained on.
+
+    Args:
+        source: what to read.
+        source_index: the source's place in `data.sources`.
+    """
+    rows = load_source(source, source_index).rows
+    for start in range(0, len(rows), 1000):
+        part = rows[start : start + 1000]
+        for pair_id, prompt in zip(part["pair_id"], part["prompt"], strict=True):
+            texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+            yield (pair_id & (VAL_FIRST_ROW - 1)) + 1, texts
 
 
 def load_source(
