@@ -129,6 +129,7 @@ class StageTransition(pl.Callback):
             rows_digest=lambda: data.store.digest(ids),
             policy_digest=pl_module.record.digests[0],
             folder=run_dir(trainer) / "references",
+            numerics=_numerics(trainer, pl_module),
         )
 
     def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,6 +210,7 @@ class StageTransition(pl.Callback):
                 pl_module.record.reference if pl_module.record.entered == stage.index else stage.index - 1
             ],
             folder=run_dir(trainer) / "references",
+            numerics=_numerics(trainer, pl_module),
             known=pl_module.m0_logps if stage.index == 1 else None,
         )
 
@@ -297,6 +299,7 @@ class StageTransition(pl.Callback):
             rows_digest=lambda: trainer.datamodule.store.digest(ids),
             policy_digest=pl_module.record.digests[pl_module.record.reference],
             folder=run_dir(trainer) / "references" / "evaluation",
+            numerics=_numerics(trainer, pl_module),
         )
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
 
@@ -326,6 +329,12 @@ def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> 
     # A sharded model was looked at when it was read.
     name = pl_module.exact_layout or exact_layout(pl_module.policy, data.layout, multiple)
     data.collator = COLLATORS[name](data.pad_token_id, multiple)
+
+
+def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    logps = type(pl_module).compute_logps
+    names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
+    return " ".join(names)
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

@@ -32,7 +32,7 @@ from sdpo_lightning.types import (
 )
 
 ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
-_SCHEMA = "1"
+_SCHEMA = "2"
 log = logging.getLogger(__name__)
 
 
@@ -259,8 +259,8 @@ def check_reference_digest(index: int, path: str, found: str, expected: str) -> 
 
 
 def cache_key(inputs: ReferenceInputs) -> str:
-    """sha256 over all that cached logps depend on: weights, tokenised rows in order, schema."""
-    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}"
+    """sha256 over all that cached logps depend on: weights, tokenised rows in order, numerics, schema."""
+    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}:{inputs.numerics}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -235,6 +235,7 @@ class ReferenceInputs:
         rows_digest: gives the sha256 over their tokenised rows in file order; slow, so only where needed.
         policy_digest: sha256 of the weights that the reference takes over, the recorded M_{t-1}.
         folder: where caches are kept, in the run directory.
+        numerics: precision, layout and the function that gives logps: other ones give other last digits, or more.
         known: logps of M_0 where they were computed for the ranking; None from stage 2 on.
     """
 
@@ -242,6 +243,7 @@ class ReferenceInputs:
     rows_digest: Callable[[], str]
     policy_digest: str
     folder: Path
+    numerics: str = ""
     known: LogpTable | None = None
 
 
