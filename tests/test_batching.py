@@ -83,8 +83,11 @@ def log_normal_pairs(count: int, seed: int = 0) -> list[TokenizedPair]:
 PAIRS = dict(enumerate(log_normal_pairs(60), start=100))
 
 
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
 def store_of(pairs: dict[int, TokenizedPair]) -> PairStore:
-    columns = {name: [getattr(pair, name) for pair in pairs.values()] for name in vars(next(iter(pairs.values())))}
+    columns = {name: [getattr(pair, name) for pair in pairs.values()] for name in IDS}
     return PairStore([Dataset.from_dict({"pair_id": list(pairs), **columns})])
 
 
@@ -95,7 +98,7 @@ def store() -> PairStore:
 
 def test_store_knows_the_lengths(store):
     asked = [130, 101, 159]
-    expected = [[len(ids) for ids in vars(PAIRS[i]).values()] for i in asked]
+    expected = [[len(getattr(PAIRS[i], name)) for name in IDS] for i in asked]
     assert store.lengths(asked).T.tolist() == expected
     assert store.lengths([]).shape == (3, 0)
 

@@ -8,6 +8,7 @@ import pathlib
 import resource
 import sys
 import time
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def _minus_inf_logps() -> None:
     """At step 6 an answer is impossible: the loss is 0 and its gradient finite."""
     step = DPOLitModule.compute_logps
 
+    # By its own name: cached logps of the same function are still good.
+    @wraps(step)
     def computes(self: DPOLitModule, model: torch.nn.Module, batch: Any) -> Any:
         logps = step(self, model, batch)
         if self.trainer.global_step == 5 and model is self.policy and torch.is_grad_enabled():
