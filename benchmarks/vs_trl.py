@@ -1,4 +1,4 @@
-"""Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`.
+"""Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`; `--memory` for the peaks alone.
 
 Each variant trains the same seeded pairs in a process of its own, pinned to one core; the variants alternate, and
 ratios are medians over the rounds. CPU time, not wall time. Memory is the peak above what the imports take.
@@ -294,12 +294,16 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--memory", action="store_true", help="only the peaks of a2, fast and lean")
     for name in ("--variant", "--model", "--rows"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
         child(options)
+        return
+    if options.memory:
+        print(json.dumps(memory(options.pairs, options.rounds), indent=2))
         return
     with tempfile.TemporaryDirectory() as scratch:
         runs = alternate(Path(scratch), options.pairs, options.rounds)
@@ -350,6 +354,20 @@ def alternate(scratch: Path, pairs: int, rounds: int) -> dict[str, list[dict]]:
         for variant in ("a2", "fast"):
             runs.setdefault(f"{variant}_3", []).append(measure(variant, model, few, 3))
     return runs
+
+
+def memory(pairs: int, rounds: int) -> dict[str, list[float]]:
+    """Peaks of a2, fast and lean in turn: their ratios, median, least and most, and the readings in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, rows = Path(folder) / "model", Path(folder) / "rows.json"
+        make_model(model)
+        rows.write_text(json.dumps(workload(pairs)))
+        runs: dict[str, list[dict]] = {"a2": [], "fast": [], "lean": []}
+        for _ in range(rounds):
+            for variant, found in runs.items():
+                found.append(measure(variant, model, rows, 1))
+    ratios = {f"peak_{name}_vs_A2": ratio(runs, name, "a2", "peak_mb") for name in ("fast", "lean")}
+    return ratios | {name: [round(run["peak_mb"], 1) for run in found] for name, found in runs.items()}
 
 
 def versions() -> dict[str, str]:

@@ -149,21 +149,20 @@ class CausalBackbone(nn.Module):
         """
         if self._cut is None:
             twin = copy.deepcopy(self).requires_grad_(False)
+            twin = twin.parked() if offload else twin
         else:
             sharding, blueprint = self._cut
             twin = copy.deepcopy(blueprint).requires_grad_(False)
             sharding.shard_(twin, twin.decoder_layers(), leave_empty, offload)
             twin._cut = self._cut
             copy_weights_(twin, self)
-        if offload and self._cut is None:
-            twin.parked()
         if self._compiles_layers:
             # A copy of a compiled module isn't compiled.
             twin.compile_layers()
         return twin
 
     def parked(self) -> CausalBackbone:
-        """This frozen model with its weights in the memory of the CPU between forward passes."""
+        """This frozen model, or where it is cut a copy, with weights that wait in the memory of the CPU."""
         if self._cut is not None:
             return self.frozen_copy(offload=True)
         self._parked = ParkedWeights(self)

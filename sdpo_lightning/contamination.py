@@ -96,7 +96,8 @@ def _mean_and_error(sums: Tensor) -> tuple[float, float]:
 class ContaminationGuard(pl.Callback):
     """Warns of a reference that has memorised the pairs of its stage; leaves `contamination.json`.
 
-    Needs logps of S, so an order by M_0, and held-out pairs; without them it says nothing.
+    Needs logps of S, so an order by M_0, and held-out pairs; without them it says nothing. Of a pass that was resumed
+    it sees the pairs that were left.
     """
 
     def __init__(self) -> None:

@@ -142,7 +142,7 @@ class DPOLitModule(StageOptimization):
         return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization)
 
     def load_skeleton(self, model_name_or_path: str) -> CausalBackbone:
-        """The same model with weights on the meta device, on the other ranks. Override with `load_weights`."""
+        """The same model with weights on the meta device; every rank calls it. Override with `load_weights`."""
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
     def _load(self, path: str) -> CausalBackbone:

@@ -316,6 +316,15 @@ def test_recipes_fit_their_card(tmp_path, name, shape, card):
     assert worst.total < card * 1e9, (worst, worst.total / 1e9)
 
 
+@pytest.mark.parametrize("name, shape, card", CARDS)
+def test_the_readme_gives_what_is_estimated(tmp_path, name, shape, card):
+    run, stages = recipe(name, shape, tmp_path)
+    gigabytes = max(peak(run, stage).total for stage in stages) / 1e9
+    readme = (CONFIGS.parent / "README.md").read_text().splitlines()
+    [line] = [row for row in readme if row.startswith(f"| `{name}.yaml`")]
+    assert line.endswith(f"| {gigabytes:.0f} GB |")
+
+
 @pytest.mark.parametrize(
     "name, shape, card, changes",
     [

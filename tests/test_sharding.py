@@ -87,14 +87,6 @@ def _facts(out: Path, scenario: str) -> dict:
     return facts
 
 
-def _one(out: Path, model: str, reference, **arguments) -> Path:
-    """The same global batch in this process."""
-    run = out / f"one-{model}-{type(reference).__name__}"
-    data = DATA | {"batch_size": 2}
-    fit(run, out / model, sources(out), reference=reference, trainer_args=CLIPPED | arguments, **data)
-    return run
-
-
 def _assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
     folders = sorted(path.name for path in (theirs / "stages").iterdir())
     assert len(folders) == 2 and folders == sorted(path.name for path in (ours / "stages").iterdir())
