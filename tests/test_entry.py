@@ -22,6 +22,7 @@ from sdpo_lightning import (
     DPOLitModule,
     PreferenceSource,
     ResidentReference,
+    StageCheckpoint,
     StageExport,
     StageTransition,
 )
@@ -187,3 +188,22 @@ def test_a_validated_module_can_be_trained(tmp_path, tiny_model_dir, sources):
     fit(tmp_path / "fresh", tiny_model_dir, sources, **data)
     for folder in ("01-a", "02-b", "03-c"):
         assert_same_weights(tmp_path / "run" / "stages" / folder, tmp_path / "fresh" / "stages" / folder)
+
+
+def test_a_reference_that_waits_on_the_host_gives_the_same(tmp_path, tiny_model_dir, sources):
+    """On a CPU host and device are one memory: this shows the path, not the move."""
+    data = {"order": "given", "batch_size": 2, "max_length": 64}
+    every = [StageCheckpoint(every_n_train_steps=1, save_top_k=-1)]
+    fit(tmp_path / "plain", tiny_model_dir, sources, **data)
+    parked = ResidentReference(offload=True)
+    fit(tmp_path / "run", tiny_model_dir, sources, reference=parked, callbacks=every, **data)
+    homes = parked._model._parked._homes
+    assert homes and all(weight.data_ptr() == home.data_ptr() for weight, home in homes)
+    for folder in ("01-a", "02-b", "03-c"):
+        assert_same_weights(tmp_path / "run" / "stages" / folder, tmp_path / "plain" / "stages" / folder)
+    # 6 pairs by 2: step 5 lies in stage 2. The reference is read again, and waits again.
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch=1-step=5.ckpt"
+    again = ResidentReference(offload=True)
+    fit(tmp_path / "run", tiny_model_dir, sources, ckpt_path=checkpoint, reference=again, **data)
+    assert again._model._parked is not None
+    assert_same_weights(tmp_path / "run" / "stages" / "03-c", tmp_path / "plain" / "stages" / "03-c")
