@@ -277,7 +277,10 @@ def measure(variant: str, model: Path, rows: Path, epochs: int) -> dict:
     words += ["--rows", str(rows), "--epochs", str(epochs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(["taskset", "-c", "0", *words], capture_output=True, text=True, env=environment)
+    with tempfile.TemporaryDirectory() as cache:
+        # Each run tokenises: none finds what an earlier one has left.
+        environment["HF_DATASETS_CACHE"] = cache
+        done = subprocess.run(["taskset", "-c", "0", *words], capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
