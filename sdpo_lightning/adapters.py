@@ -163,6 +163,13 @@ def snapshot_adapter_(model: nn.Module) -> None:
     torch._foreach_copy_([_local(t) for t in frozen.values()], [_local(trained[name]) for name in frozen])
 
 
+@torch.no_grad()
+def adopt_reference_adapter_(model: nn.Module) -> None:
+    """Copy the frozen adapter into the trained one, in place and on each rank's own part."""
+    trained, frozen = adapter_state(model, TRAINED), adapter_state(model, REFERENCE)
+    torch._foreach_copy_([_local(t) for t in trained.values()], [_local(frozen[name]) for name in trained])
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -35,8 +35,11 @@ class StageExport(pl.Callback):
         target, tokenizer = run_dir(trainer) / folder, trainer.datamodule.tokenizer
         merged = target.with_name(f"{target.name}-merged")
         merges = pl_module.lora is not None and pl_module.lora.export_merged
-        if from_first_rank(lambda: _is_there(run_dir(trainer), stage, digest) and (not merges or merged.is_dir())):
-            log.info("M_%d is there already, in %s", stage.index, folder)
+        found = from_first_rank(lambda: _adopted(run_dir(trainer), stage, digest))
+        # A parent's folder is only read.
+        if found is not None and (not merges or Path(found).is_absolute() or from_first_rank(merged.is_dir)):
+            pl_module.record.folders[stage.index] = found
+            log.info("M_%d is there already, in %s", stage.index, found)
             return
         failpoint("before_export")
         save_hf(pl_module.policy, target, tokenizer)
@@ -46,9 +49,9 @@ class StageExport(pl.Callback):
         failpoint("after_export")
 
 
-def _is_there(run_dir: Path, stage: Stage, digest: str) -> bool:
+def _adopted(run_dir: Path, stage: Stage, digest: str) -> str | None:
     ledger = Ledger.read(run_dir)
-    return ledger is not None and ledger.adopts(run_dir, stage.index, digest)
+    return None if ledger is None else ledger.adopts(run_dir, stage.index, digest)
 
 
 def exporter(trainer: pl.Trainer) -> StageExport:
