@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from sdpo_lightning.adapter_reference import FrozenAdapter, model_digest
-from sdpo_lightning.adapters import adopt_reference_adapter_
+from sdpo_lightning.adapters import adopt_reference_adapter_, check_adapter
 from sdpo_lightning.backbone import copy_weights_
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import file_digest
@@ -114,6 +114,8 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
     finished = stages[: fork.from_stage - 1]
     ledger, states = from_first_rank(lambda: _adopted_ledger(trainer, pl_module, fork, finished))
     record, last = pl_module.record, ledger.stages[-1].output
+    if pl_module.lora is not None:
+        from_first_rank(lambda: check_adapter(pl_module.policy.model, Path(last.folder)))
     weights = pl_module.read_model(Path(last.folder))
     found = model_digest(weights)
     if not last.sha256:

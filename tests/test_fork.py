@@ -5,13 +5,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import make_rows, write_jsonl
-from runs import assert_same_weights, fit, metrics, reproducible
+from runs import adamw, assert_same_weights, fit, metrics, reproducible
+from safetensors.torch import load_file
 
-from sdpo_lightning import CachedReference, DPOLitModule, PreferenceSource, ResidentReference
+from sdpo_lightning import (
+    AdapterReference,
+    CachedReference,
+    DPOLitModule,
+    Fork,
+    LoraSettings,
+    PreferenceSource,
+    ResidentReference,
+)
 from sdpo_lightning.cli import main
-from sdpo_lightning.fork import Fork
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
@@ -162,6 +171,21 @@ def test_a_fork_of_a_fork(tmp_path, parent, dropout_model_dir, sources):
     assert Ledger.read(tmp_path / "two").stages[0] == Ledger.read(tmp_path / "one").stages[0]
 
 
+def test_adapters(tmp_path, tiny_model_dir, sources):
+    args = {"lora": LoraSettings(r=4, alpha=8), "optimizer": adamw(1e-2)}
+    fit(tmp_path / "run", tiny_model_dir, sources, None, AdapterReference(), module_args=args)
+    made = forked(tmp_path / "run", 2)
+    fit(tmp_path / "fork", tiny_model_dir, sources, None, AdapterReference(), module_class=made, module_args=args)
+    for name in ("02-b", "03-c"):
+        folders = (tmp_path / run / "stages" / name for run in ("fork", "run"))
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert reproducible(tmp_path / "fork") == [r for r in reproducible(tmp_path / "run") if r["stage/index"] != "1"]
+    args = {"lora": LoraSettings(r=4, alpha=16)}
+    with pytest.raises(ResumeError, match="lora_alpha: 8 -> 16"):
+        fit(tmp_path / "other", tiny_model_dir, sources, None, AdapterReference(), module_class=made, module_args=args)
+
+
 def test_what_is_refused(tmp_path, parent, dropout_model_dir, tiny_model_dir, sources):
     def begin(run, stage, model=dropout_model_dir, given=sources, name="fork", **data):
         return _fork(tmp_path / name, run, stage, model, given, **(DATA | data))
@@ -257,3 +281,10 @@ def test_one_flag_without_the_other(tmp_path, config, capsys):
     with pytest.raises(SystemExit, match="2"):
         _command(config, tmp_path / "run", "--fork", tmp_path)
     assert "`--fork` needs `--from-stage`" in capsys.readouterr().err
+
+
+def test_check_looks_at_the_parent(tmp_path, config, capsys):
+    words = ["check", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "fork")]
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--fork", str(tmp_path), "--from-stage", "2"])
+    assert "is neither a run" in capsys.readouterr().err
