@@ -285,6 +285,7 @@ def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
     if leaves_files(trainer):
         close_stage(trainer, pl_module, stage)
         failpoint("after_ledger")
+        exporter(trainer).publish(trainer, pl_module, stage)
 
 
 def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:
