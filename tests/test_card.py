@@ -1,14 +1,13 @@
 """The card of M_t, the lines that use it, and the opt-in push."""
 
 import logging
-import shutil
 
 import pytest
 from helpers import make_rows, write_jsonl
 from huggingface_hub import ModelCard
 from runs import fit, metrics
 
-from sdpo_lightning import PreferenceSource, StageExport, export
+from sdpo_lightning import PreferenceSource, StageCheckpoint, StageExport, export
 from sdpo_lightning.card import CardFacts, CardSource, model_card, stage_metrics, use_lines
 from sdpo_lightning.ledger import Ledger
 
@@ -85,12 +84,14 @@ def test_cards_of_a_run(tmp_path, tiny_model_dir, sources, caplog):
 
 
 def test_a_card_made_again_is_the_same(tmp_path, tiny_model_dir, sources):
-    fit(tmp_path / "run", tiny_model_dir, sources, trainer_args={"max_steps": 5})
-    written = (tmp_path / "run" / "stages" / "01-a" / "README.md").read_bytes()
-    fit(tmp_path / "whole", tiny_model_dir, sources)
-    shutil.rmtree(tmp_path / "run" / "stages")
-    fit(tmp_path / "run", tiny_model_dir, sources, tmp_path / "run" / "checkpoints" / "stopped-step=5.ckpt")
-    assert written == (tmp_path / "whole" / "stages" / "01-a" / "README.md").read_bytes()
+    each = [StageCheckpoint(every_n_train_steps=1, save_top_k=-1)]
+    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=each, trainer_args={"max_steps": 5})
+    card = tmp_path / "run" / "stages" / "01-a" / "README.md"
+    written = card.read_bytes()
+    # Of stage 1: M_1 is exported again.
+    fit(tmp_path / "run", tiny_model_dir, sources, tmp_path / "run" / "checkpoints" / "epoch=0-step=2.ckpt")
+    assert (tmp_path / "run" / "stale" / "01-a").is_dir()
+    assert card.read_bytes() == written
 
 
 class Hub:
