@@ -33,6 +33,7 @@ from sdpo_lightning.export import StageExport
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
+from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
@@ -330,5 +331,7 @@ class DPOLitModule(StageOptimization):
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
+            now = self.trainer.accumulate_grad_batches
+            rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
         self.random_states = checkpoint["random_states"]
