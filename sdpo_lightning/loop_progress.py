@@ -37,6 +37,14 @@ def with_step_pairs(
     return {**saved, _STEP: before}, {**given, _STEP: now}
 
 
+def go_by_epochs_(fit_loop: Any) -> None:
+    """Have Lightning's loop take a finished epoch for finished, also where `trainer.max_steps` is set.
+
+    With `max_steps` it would go on within that epoch: no step of the next stage is taken, and yet it counts as done.
+    """
+    fit_loop._iteration_based_training = lambda: False
+
+
 def rescale_(fit_loop: dict[str, Any], before: int, now: int) -> None:
     """Count the place within an unfinished epoch by another accumulation, in place.
 

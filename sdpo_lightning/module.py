@@ -24,7 +24,7 @@ from sdpo_lightning.backbone import (
 )
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
+from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_plain_checkpoints
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
@@ -331,6 +331,7 @@ class DPOLitModule(StageOptimization):
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
+            keep_patience_(checkpoint, self.trainer)
             now = self.trainer.accumulate_grad_batches
             rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
