@@ -34,6 +34,7 @@ from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
 from sdpo_lightning.fork import adopt
+from sdpo_lightning.loop_progress import go_by_epochs_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.run_lock import RunLock
@@ -82,6 +83,7 @@ class StageTransition(pl.Callback):
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1
+        go_by_epochs_(trainer.fit_loop)
         # Before the first stage there is no reference to validate against.
         trainer.num_sanity_val_steps = 0
         if not trainer.datamodule.val_names:
@@ -255,6 +257,8 @@ class StageTransition(pl.Callback):
             take_up(trainer, pl_module, stages)
             _leave(trainer, pl_module, stages[-1])
             log.info("already complete: %s", run_dir(trainer))
+        elif pl_module.stage is None:
+            log.warning("no step was taken: `trainer.max_steps` or `trainer.max_time` is used up; raise it to go on")
 
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

@@ -24,7 +24,7 @@ from sdpo_lightning.backbone import (
 )
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
+from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_plain_checkpoints
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
@@ -34,6 +34,7 @@ from sdpo_lightning.fork import Fork
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
+from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
@@ -335,5 +336,8 @@ class DPOLitModule(StageOptimization):
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
+            keep_patience_(checkpoint, self.trainer)
+            now = self.trainer.accumulate_grad_batches
+            rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
         self.random_states = checkpoint["random_states"]
