@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -12,13 +13,26 @@ from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.types import Stage
+from sdpo_lightning.retention import remove_models
+from sdpo_lightning.types import ConfigurationError, Stage
 
 log = logging.getLogger(__name__)
 
 
 class StageExport(pl.Callback):
-    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder."""
+    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder.
+
+    Args:
+        keep_last: models that stay; None keeps all. What a checkpoint or the reference needs stays beside them.
+
+    Raises:
+        ConfigurationError: none would stay.
+    """
+
+    def __init__(self, keep_last: int | None = None) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ConfigurationError(f"`keep_last` of StageExport is {keep_last}, expected at least 1, or none for all")
+        self.keep_last = keep_last
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Write M_t, the policy at this moment, and record its digest.
@@ -44,6 +58,25 @@ class StageExport(pl.Callback):
             save_merged(pl_module.policy, merged, tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
         failpoint("after_export")
+
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Delete what isn't kept, once a stage is under way."""
+        if batch_idx == 0:
+            self._remove(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Delete what isn't kept beside M_T."""
+        self._remove(trainer, pl_module)
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keep, reference = self.keep_last, pl_module.record.reference
+        if keep is None or trainer.fast_dev_run or not pl_module.record.entered:
+            return
+        if gone := from_first_rank(lambda: remove_models(run_dir(trainer), keep, reference)):
+            log.info("deleted, because `keep_last` of StageExport is %d: %s", keep, ", ".join(gone))
 
 
 def _is_there(run_dir: Path, stage: Stage, digest: str) -> bool:

@@ -192,3 +192,10 @@ class Checkpoints(StageCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(every_n_train_steps=2)
+
+
+class AllCheckpoints(StageCheckpoint):
+    """Every second step, and none is deleted."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_train_steps=2, save_top_k=-1)
