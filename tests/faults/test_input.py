@@ -321,7 +321,21 @@ def test_25_a_stage_without_pairs_is_refused(place, refused):
     place.source("a", make_rows(4, 1))
     place.source("x", [row(" ".join(["w1"] * 70))] * 40)
     for said in refused(place):
-        assert "source 'x': 0 of 40 pairs left (40 prompt_too_long)" in said
+        assert "stage 2 'x', source 'x': 0 of 40 pairs left (40 prompt_too_long)" in said
+
+
+def test_25_the_stage_is_named_where_sources_make_stages(place, refused):
+    for name in ("a", "b"):
+        place.source(name, make_rows(4, 1))
+    long, same = row(" ".join(["w1"] * 70)), row("w1", " w2", " w2")
+    place.source("x", [long] * 3 + [same] * 2)
+    for words, stage in (
+        (["--data.stages=[[b],[a,x]]"], "stage 2 'a+x', "),
+        (["--data.partition=pooled"], ""),
+        (["--data.partition=random"], ""),
+    ):
+        for said in refused(place, *words):
+            assert f"error: {stage}source 'x': 0 of 5 pairs left (2 identical, 3 prompt_too_long)" in said
 
 
 # ---- 26, 27, 28, 29: tokenizers
