@@ -245,8 +245,8 @@ def _build_part(
     total = dict(Counter(loaded.dropped) + Counter(done.dropped))
     if not done.pairs:
         raise ConfigurationError(
-            f"{how.stage_of(source.name)}source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
-            "`data.sources`"
+            f"{how.stage_of(source.name)}source {source.name!r}: 0 of {loaded.total} pairs left "
+            f"({_listed(total)}); change `data.max_length` or `data.sources`"
         )
     notes = list(loaded.notes)
     if done.dropped:

@@ -194,6 +194,13 @@ class Checkpoints(StageCheckpoint):
         super().__init__(every_n_train_steps=2)
 
 
+class Elsewhere(StageCheckpoint):
+    """Every second step, in a folder that isn't the run's."""
+
+    def __init__(self) -> None:
+        super().__init__(dirpath=os.environ["SDPO_ELSEWHERE"], every_n_train_steps=2)
+
+
 class AllCheckpoints(StageCheckpoint):
     """Every second step, and none is deleted."""
 

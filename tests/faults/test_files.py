@@ -153,6 +153,26 @@ def test_a_folder_that_cannot_be_written(job):
 # ---- which checkpoints stay
 
 
+def test_a_folder_of_checkpoints_elsewhere_is_swept(job, tmp_path):
+    """Only of what bears our names: others may keep files there too."""
+    job = replace(job, more=("--trainer.callbacks+=child.Elsewhere",))
+    elsewhere = tmp_path / "elsewhere"
+    env = {"SDPO_ELSEWHERE": str(elsewhere)}
+    ended = job.start(env | {"SDPO_FAILPOINT": "mid_checkpoint:2"})
+    assert ended.code == 137, ended.text
+    # Two callbacks save, each second step; the second save is the one elsewhere or the run's own.
+    half = [*elsewhere.glob(".*.tmp"), *(job.run_dir / "checkpoints").glob(".*.tmp")]
+    assert len(half) == 1
+    for name in (".x.ckpt.tmp", ".x.ckpt.json.tmp", ".notes.tmp"):
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / name).write_text("half")
+    (elsewhere / ".y.ckpt.tmp").mkdir()
+    ended = job.start(env)
+    assert ended.code == 0, ended.text
+    assert [path.name for path in elsewhere.glob(".*")] == [".notes.tmp"]
+    assert list(job.run_dir.rglob(".*.tmp")) == []
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_keep_last(job, keep):
     callback = {"class_path": "sdpo_lightning.StageCheckpoint"}
