@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,33 @@ def test_a_full_disk(job, whole, place):
     assert checkpoints(job) == before
     ended = job.start()
     assert ended.code == 0, ended.text
+    compare(whole()[0].run_dir, job.run_dir)
+
+
+@pytest.fixture
+def small_disk(job):
+    """A file system of its own in the place of the run directory: 800 kB, room for one checkpoint but not for two."""
+    job.run_dir.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=800k", "tmpfs", str(job.run_dir)]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    yield job
+    subprocess.run(["umount", str(job.run_dir)], check=True)
+
+
+def test_a_file_system_that_is_full(small_disk, whole):
+    job = small_disk
+    ended = job.start()
+    assert ended.code == 1 and "Traceback" not in ended.text, ended.text
+    [line] = [line for line in ended.text.splitlines() if line.startswith("error:")]
+    assert "No space left on device" in line and ".ckpt can't be written" in line and "bytes free" in line
+    # The first one, whole; of the second nothing is left.
+    [kept] = checkpoints(job)
+    assert torch.load(kept, weights_only=True)["global_step"] > 0
+    assert list(job.run_dir.rglob(".*.tmp")) == []
+    subprocess.run(["mount", "-o", "remount,size=64m", str(job.run_dir)], check=True)
+    ended = job.start()
+    assert ended.code == 0 and f"going on from {kept}" in ended.text, ended.text
     compare(whole()[0].run_dir, job.run_dir)
 
 
