@@ -133,7 +133,12 @@ def test_20_bad_rows_are_dropped_by_reason_with_file_and_row(place, capsys, capl
     said = checked(place, capsys)
     assert f"{len(good) + len(bad)} rows, 8 pairs to train on" in said
     caplog.clear()
+    caplog.set_level("INFO", logger="sdpo_lightning")
     main(["fit", *place.words()])
+    # `fit` says it in the same words: counts, shares, reasons, lengths.
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    told = [line for line in logged if line.startswith("source 'a': ") and ("rows," in line or "p50/p95/max" in line)]
+    assert len(told) == 2 and all(line in said for line in told)
     [report] = place.reports()
     assert report["pairs"] == 8
     assert report["dropped"] == {reason: len(rows) for reason, rows in BAD_ROWS.items()}
