@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically
+from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically, sweep_checkpoints
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError
@@ -137,6 +137,8 @@ class StageCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         # The first micro-batch after a resume doesn't end a step.
         self._step = trainer.global_step
+        # The run directory is swept when it is locked; a `dirpath` of its own may lie elsewhere.
+        from_first_rank(lambda: sweep_checkpoints(Path(self.dirpath or "")))
         self._rotates &= all(callback is self for callback in trainer.checkpoint_callbacks)
         environment = trainer._accelerator_connector.cluster_environment
         # A requeueing SLURM job has its own way to end.

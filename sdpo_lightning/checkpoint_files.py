@@ -110,6 +110,12 @@ def remove_checkpoint(path: Path) -> None:
     _sidecar(path).unlink(missing_ok=True)
 
 
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove what a killed process was writing, in a folder that may hold other files than ours."""
+    for path in (*folder.glob(".*.ckpt.tmp"), *folder.glob(".*.ckpt.json.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def keep_newest(folder: Path, number: int) -> None:
     """Delete all but the newest checkpoints of a folder; those without a digest are not ours."""
     for path in _newest_first([folder])[number:]:

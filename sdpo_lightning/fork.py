@@ -68,10 +68,13 @@ class Fork:
             )
         for stage in done[: self.from_stage - 1]:
             assert stage.output is not None, "a stage is done without its model"
+            if stage.output.removed and stage.index < self.from_stage - 1:
+                continue
             if not is_intact(root, stage.output):
                 raise ResumeError(
-                    f"`--fork`: M_{stage.index} in {root / str(stage.output.folder)} isn't as that run left it; "
-                    "restore the folder, or fork from an earlier stage"
+                    f"`--fork`: M_{stage.index} in {root / str(stage.output.folder)} isn't as that run left it"
+                    f"{', which kept its last models only' if stage.output.removed else ''}; restore the folder, or fork "
+                    "from another stage"
                 )
         return ledger
 

@@ -76,6 +76,7 @@ class DPOLitModule(StageOptimization):
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
         lora: train adapters instead of the weights (the `[peft]` extra).
         quantization: of the frozen weights below the adapters.
+        allow_bin_weights: take S from `pytorch_model.bin` where it has no safetensors; no code in it runs.
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -98,6 +99,7 @@ class DPOLitModule(StageOptimization):
         liger: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationName | None = None,
+        allow_bin_weights: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
@@ -111,6 +113,7 @@ class DPOLitModule(StageOptimization):
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
         self.lora = lora
+        self.allow_bin_weights = allow_bin_weights
         self.quantization: QuantizationName | None = quantization
         # Adapters are saved without their base; `on_load_checkpoint` is strict about them.
         self.strict_loading = lora is None
@@ -143,7 +146,8 @@ class DPOLitModule(StageOptimization):
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
         """Read a causal LM with fp32 master weights; only rank 0 calls it. Override to bring an own model."""
-        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization)
+        numbers = (self.disable_dropout, self.logits_budget_mb, self.quantization, self.allow_bin_weights)
+        return load_policy(model_name_or_path, *numbers)
 
     def load_skeleton(self, model_name_or_path: str) -> CausalBackbone:
         """The same model with weights on the meta device; every rank calls it. Override with `load_weights`."""

@@ -142,7 +142,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
-        reports, parts = prepare_sources(self.sources, Preparation(tokenize, self.on_bad_row, self.num_proc, *place))
+        names = stage_names(self.partition_kind, self.groups)
+        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, names)
+        reports, parts = prepare_sources(self.sources, how)
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
             act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))

@@ -86,6 +86,7 @@ class Preparation:
         node_rank: of the machine that this process runs on.
         local_rank: of this process on its machine; 0 works for all that run there.
         local_ranks: processes on this machine.
+        stages: names of the stages in the order given, for errors.
     """
 
     tokenize: PairTokenizer
@@ -94,6 +95,12 @@ class Preparation:
     node_rank: int = 0
     local_rank: int = 0
     local_ranks: int = 1
+    stages: Sequence[str] = ()
+
+    def stage_of(self, source: str) -> str:
+        """The stage of a source in words; empty where stages are cut from a pool."""
+        named = (f"stage {n} {name!r}, " for n, name in enumerate(self.stages, 1) if source in name.split("+"))
+        return next(named, "")
 
 
 def prepare_sources(
@@ -238,8 +245,8 @@ def _build_part(
     total = dict(Counter(loaded.dropped) + Counter(done.dropped))
     if not done.pairs:
         raise ConfigurationError(
-            f"source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
-            "`data.sources`"
+            f"{how.stage_of(source.name)}source {source.name!r}: 0 of {loaded.total} pairs left "
+            f"({_listed(total)}); change `data.max_length` or `data.sources`"
         )
     notes = list(loaded.notes)
     if done.dropped:

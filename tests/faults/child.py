@@ -192,3 +192,17 @@ class Checkpoints(StageCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(every_n_train_steps=2)
+
+
+class Elsewhere(StageCheckpoint):
+    """Every second step, in a folder that isn't the run's."""
+
+    def __init__(self) -> None:
+        super().__init__(dirpath=os.environ["SDPO_ELSEWHERE"], every_n_train_steps=2)
+
+
+class AllCheckpoints(StageCheckpoint):
+    """Every second step, and none is deleted."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_train_steps=2, save_top_k=-1)
