@@ -73,8 +73,8 @@ class Fork:
             if not is_intact(root, stage.output):
                 raise ResumeError(
                     f"`--fork`: M_{stage.index} in {root / str(stage.output.folder)} isn't as that run left it"
-                    f"{', which kept its last models only' if stage.output.removed else ''}; restore the folder, or fork "
-                    "from another stage"
+                    f"{', which kept its last models only' if stage.output.removed else ''}; restore the folder, or "
+                    "fork from another stage"
                 )
         return ledger
 
