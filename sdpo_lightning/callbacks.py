@@ -88,7 +88,7 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
-        if not trainer.datamodule.merge_ties:
+        if trainer.datamodule.staging.knows_epochs:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
         if leaves_files(trainer):
             lock_run(trainer, self._lock)

@@ -16,24 +16,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
-from sdpo_lightning.data.curriculum import (
-    check_epochs,
-    check_groups,
-    check_numbers,
-    cut_into_chunks,
-    epochs_of,
-    order_groups,
-    pair_gamma,
-    reward_accuracy,
-    stage_names,
-    stage_of_epoch,
-    stage_plan,
-)
+from sdpo_lightning.data.curriculum import check_numbers, pair_gamma, reward_accuracy, stage_of_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader
-from sdpo_lightning.data.passes import Batching, Passes
+from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
@@ -76,8 +65,8 @@ class CurriculumDataModule(pl.LightningDataModule):
     def __init__(
         self,
         sources: list[PreferenceSource],
-        partition: Literal["by_source", "pooled", "random"] = "by_source",
-        order: Literal["easy_to_hard", "given", "reversed"] = "easy_to_hard",
+        partition: PartitionName = "by_source",
+        order: OrderName = "easy_to_hard",
         stages: list[list[str]] | None = None,
         merge_ties: bool = False,
         difficulty: Literal["sum_logps", "mean_logps"] = "sum_logps",
@@ -100,13 +89,11 @@ class CurriculumDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = sources
-        self.partition_kind = partition
-        self.order = order
-        self.groups = stages or [[source.name] for source in sources]
-        self.merge_ties = merge_ties
+        names = [source.name for source in sources]
+        groups = stages or [[name] for name in names]
+        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, seed)
         self.difficulty = difficulty
         self.rank_limit = rank_limit
-        self.epochs_per_stage = epochs_per_stage
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
         self.layout: LayoutName = layout
@@ -124,9 +111,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         self._row_hashes: dict[str, Tensor] | None = None
         self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
         self._layout_before: str | None = None
-        check_groups([source.name for source in sources], self.groups, partition)
-        names = stage_names(partition, self.groups)
-        check_epochs(epochs_per_stage, names, [source.name for source in sources] if merge_ties else [])
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
 
@@ -162,7 +146,7 @@ class CurriculumDataModule(pl.LightningDataModule):
     @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.order != "given" or self.merge_ties or self._ranking_requested
+        return self.staging.needs_ranking or self._ranking_requested
 
     def request_ranking(self) -> None:
         """Have the sources scored even where the order doesn't depend on it."""
@@ -194,10 +178,10 @@ class CurriculumDataModule(pl.LightningDataModule):
         Args:
             scores: source name -> `[P]` scores of its first P training pairs; empty if order is `given`.
         """
-        groups = order_groups(self.groups, scores, self.order, self.merge_ties)
+        groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
         pair_ids = {name: report.train_ids for name, report in self.reports.items()}
-        return cut_into_chunks(self.partition_kind, groups, pair_ids, self.seed)
+        return self.staging.cut(groups, pair_ids)
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -209,23 +193,22 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
             passes.check_layout(self._layout_before)
             passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
-            steps = [passes.epoch_steps(c, epochs_of(self.epochs_per_stage, c.name)) for c in self._chunks]
-            self._planned = self._chunks, key, stage_plan(self._chunks, steps)
+            self._planned = self._chunks, key, plan_stages(self._chunks, self.staging, passes)
         return self._planned[2]
 
     def total_epochs(self) -> int:
-        """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
-        planned = stage_names(self.partition_kind, self.groups)
-        names = planned if self._chunks is None else [chunk.name for chunk in self._chunks]
-        return sum(epochs_of(self.epochs_per_stage, name) for name in names)
+        """Epochs of the whole plan; see `Staging.knows_epochs`."""
+        chunks = self._chunks
+        return sum(self.staging.epochs(self.staging.names() if chunks is None else [c.name for c in chunks]))
 
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
         # A layout that this one has to give way to takes more.
         passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
-        groups = [list(self.reports)] if self.partition_kind == "pooled" else self.groups
+        partition = self.staging.partition
+        groups = [list(self.reports)] if partition == "pooled" else self.staging.groups
         chunks = [[i for name in group for i in self.reports[name].train_ids] for group in groups]
-        pool = self.train_ids() if self.partition_kind == "random" else None
+        pool = self.train_ids() if partition == "random" else None
         return min(passes.fewest_batches(ids if pool is None else pool, len(ids)) for ids in chunks)
 
     def curriculum(self) -> dict[str, Any]:
@@ -322,13 +305,11 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
             "data.on_long_prompt": self.on_long_prompt,
-            "data.partition": self.partition_kind,
-            "data.order": self.order,
-            "data.epochs_per_stage": {c.name: epochs_of(self.epochs_per_stage, c.name) for c in self._chunks or ()},
+            **self.staging.plan([chunk.name for chunk in self._chunks or ()]),
         }
         own = type(self).partition is CurriculumDataModule.partition
-        by_group = own and self.partition_kind == "by_source" and not self.merge_ties
-        return DataPlan(self._row_hashes, settings, self.groups, by_group)
+        by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties
+        return DataPlan(self._row_hashes, settings, self.staging.groups, by_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the chunks of a checkpoint: nothing is ranked again.

@@ -11,8 +11,9 @@ import numpy as np
 
 from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
-from sdpo_lightning.data.curriculum import steps_per_epoch
+from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
+from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.types import Chunk, ResumeError, Stage
 
 log = logging.getLogger(__name__)
@@ -178,3 +179,15 @@ class Passes:
             max_batches=limit,
             batch_tokens=self.batching.batch_tokens,
         )
+
+
+def plan_stages(chunks: Sequence[Chunk], staging: Staging, passes: Passes) -> list[Stage]:
+    """The stages of a run.
+
+    Args:
+        chunks: in training order.
+        staging: knows the passes over each.
+        passes: knows the optimizer steps of each pass.
+    """
+    epochs = staging.epochs([chunk.name for chunk in chunks])
+    return stage_plan(chunks, [passes.epoch_steps(*item) for item in zip(chunks, epochs, strict=True)])
