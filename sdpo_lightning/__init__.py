@@ -23,6 +23,7 @@ _HOMES = {
     "PairLogps": "types",
     "Chunk": "types",
     "Stage": "types",
+    "StageSettings": "types",
 }
 
 __all__ = list(_HOMES)

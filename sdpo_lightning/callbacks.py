@@ -188,7 +188,8 @@ class StageTransition(pl.Callback):
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
-        if stage.index > 1:
+        if stage.index > 1 or stage.settings.given():
+            # Those of stage 1 are made before the plan is.
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
@@ -293,7 +294,7 @@ class StageTransition(pl.Callback):
         _set_layout(data, pl_module)
         self._read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
-        stage = Stage(index, "evaluation", ids, (1,), 0)
+        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, data.settings_of(index))
         inputs = ReferenceInputs(
             batches=trainer.datamodule.batches(ids),
             rows_digest=lambda: trainer.datamodule.store.digest(ids),

@@ -24,6 +24,7 @@ from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource, prompt_texts
+from sdpo_lightning.data.stage_settings import read_stage_settings
 from sdpo_lightning.data.survey import survey
 from sdpo_lightning.estimate import GIB
 from sdpo_lightning.estimate_inputs import count_ranks, read_model_config, read_run
@@ -140,7 +141,8 @@ def _settings() -> Mapping[str, inspect.Parameter]:
 def _data_module(data: Config) -> CurriculumDataModule:
     """Ours, whichever class the run has: for the checks that it makes."""
     given = {key: value for key, value in data.items() if key in _settings()}
-    return CurriculumDataModule(**given | {"sources": [PreferenceSource(**source) for source in data["sources"]]})
+    given["sources"] = [PreferenceSource(**source) for source in data["sources"]]
+    return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 
 def _check_model(config: Config) -> None:

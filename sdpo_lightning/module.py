@@ -205,8 +205,6 @@ class DPOLitModule(StageOptimization):
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
         return super().settings() | {
-            "model.beta": self.beta,
-            "model.label_smoothing": self.label_smoothing,
             "model.disable_dropout": self.disable_dropout,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdpo_lightning.types import Chunk, ConfigurationError, PairLogps, ResumeError, Stage
+from sdpo_lightning.types import Chunk, ConfigurationError, PairLogps, ResumeError, Stage, StageSettings
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +175,15 @@ def steps_per_epoch(num_runs: int, world_size: int, accumulate: int, limit_batch
     return batches, math.ceil(batches / accumulate)
 
 
-def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) -> list[Stage]:
+def stage_plan(
+    chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]], settings: Sequence[StageSettings] | None = None
+) -> list[Stage]:
     """The stages of a run.
 
     Args:
         chunks: in training order.
         epoch_steps: optimizer steps of each pass over each chunk.
+        settings: that each stage has to itself; None is nothing for all.
 
     Returns:
         One `Stage` a chunk, index from 1.
@@ -189,7 +192,8 @@ def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) ->
         ConfigurationError: a chunk without pairs or without a step, or whose name can't be a folder's.
     """
     stages, first_epoch = [], 0
-    for index, (chunk, steps) in enumerate(zip(chunks, epoch_steps, strict=True), 1):
+    own = [StageSettings()] * len(chunks) if settings is None else settings
+    for index, (chunk, steps, its_own) in enumerate(zip(chunks, epoch_steps, own, strict=True), 1):
         # An own `partition` may give any name; an export must not fail, or leave the run, after hours of training.
         if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}", chunk.name):
             raise ConfigurationError(
@@ -201,7 +205,7 @@ def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) ->
                 f"stage {index} {chunk.name!r}: {len(chunk.pair_ids)} pairs make no optimizer step; "
                 "check `data.sources` and `trainer.limit_train_batches`"
             )
-        stages.append(Stage(index, chunk.name, chunk.pair_ids, tuple(steps), first_epoch))
+        stages.append(Stage(index, chunk.name, chunk.pair_ids, tuple(steps), first_epoch, its_own))
         first_epoch += len(steps)
     return stages
 

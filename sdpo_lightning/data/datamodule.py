@@ -22,12 +22,13 @@ from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
 from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
 from sdpo_lightning.ranks import from_first_rank, side_by_side
-from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
 class CurriculumDataModule(pl.LightningDataModule):
@@ -43,6 +44,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         difficulty: score of a pair: `sum_logps`, the paper's gamma, or `mean_logps` per token.
         rank_limit: rank by the first N kept pairs of each source.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
+        stage_settings: learning rate, beta, ... of single stages: by name, else by place ("2"), else by "*".
         batch_size: pairs per rank and micro-batch; ignored where `batch_tokens` is given.
         batch_tokens: most tokens that the model runs on per rank and micro-batch; a pair beyond it stands alone.
         bucket_window: optimizer steps among which pairs of like length are brought together; 0 is off.
@@ -72,6 +74,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         difficulty: Literal["sum_logps", "mean_logps"] = "sum_logps",
         rank_limit: int | None = None,
         epochs_per_stage: int | dict[str, int] = 1,
+        stage_settings: dict[str, StageSettings] | None = None,
         batch_size: int = 4,
         batch_tokens: int | None = None,
         bucket_window: int = 0,
@@ -91,7 +94,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.sources = sources
         names = [source.name for source in sources]
         groups = stages or [[name] for name in names]
-        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, seed)
+        own = stage_settings or {}
+        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, own, seed)
+        check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.rank_limit = rank_limit
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
@@ -196,6 +201,11 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._planned = self._chunks, key, plan_stages(self._chunks, self.staging, passes)
         return self._planned[2]
 
+    def settings_of(self, index: int) -> StageSettings:
+        """What the stage at that place has to itself; nothing before the chunks are decided."""
+        names = [chunk.name for chunk in self._chunks or ()]
+        return self.staging.settings(names)[index - 1] if names else StageSettings()
+
     def total_epochs(self) -> int:
         """Epochs of the whole plan; see `Staging.knows_epochs`."""
         chunks = self._chunks
@@ -204,7 +214,9 @@ class CurriculumDataModule(pl.LightningDataModule):
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
         # A layout that this one has to give way to takes more.
-        passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
+        largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
+        collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
+        passes = self._passes(collator).under(largest)
         partition = self.staging.partition
         groups = [list(self.reports)] if partition == "pooled" else self.staging.groups
         chunks = [[i for name in group for i in self.reports[name].train_ids] for group in groups]
@@ -225,7 +237,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The loader of the Trainer's current epoch."""
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
-        return self._passes(self.collator).training(stage, self.trainer.current_epoch - stage.first_epoch)
+        epoch = self.trainer.current_epoch - stage.first_epoch
+        return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 
     def val_dataloader(self) -> list[StageLoader]:
         """One loader a source that has held-out pairs, in the order of `val_names`."""
@@ -305,7 +318,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
             "data.on_long_prompt": self.on_long_prompt,
-            **self.staging.plan([chunk.name for chunk in self._chunks or ()]),
+            **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
         }
         own = type(self).partition is CurriculumDataModule.partition
         by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
 from sdpo_lightning.data.staging import Staging
-from sdpo_lightning.types import Chunk, ResumeError, Stage
+from sdpo_lightning.types import Chunk, ResumeError, Stage, StageSettings
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,16 @@ class Passes:
             "trainer.limit_train_batches": self.limit,
             **self.batching.plan(self.world_size),
         }
+
+    def under(self, settings: StageSettings) -> Passes:
+        """The same with the micro-batches of a stage.
+
+        Args:
+            settings: that the stage has to itself.
+        """
+        if settings.batch_size is None:
+            return self
+        return replace(self, batching=replace(self.batching, batch_size=settings.batch_size))
 
     def loader(self, ids: Sequence[int]) -> StageLoader:
         """Each of the pairs once, in this order."""
@@ -186,8 +196,10 @@ def plan_stages(chunks: Sequence[Chunk], staging: Staging, passes: Passes) -> li
 
     Args:
         chunks: in training order.
-        staging: knows the passes over each.
+        staging: knows the settings of each, and the passes over it.
         passes: knows the optimizer steps of each pass.
     """
-    epochs = staging.epochs([chunk.name for chunk in chunks])
-    return stage_plan(chunks, [passes.epoch_steps(*item) for item in zip(chunks, epochs, strict=True)])
+    names = [chunk.name for chunk in chunks]
+    settings = staging.settings(names)
+    each = zip(chunks, staging.epochs(names), settings, strict=True)
+    return stage_plan(chunks, [passes.under(own).epoch_steps(chunk, epochs) for chunk, epochs, own in each], settings)

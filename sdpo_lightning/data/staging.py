@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,7 +16,8 @@ from sdpo_lightning.data.curriculum import (
     order_groups,
     stage_names,
 )
-from sdpo_lightning.types import Chunk
+from sdpo_lightning.data.stage_settings import count_by_place, settings_of
+from sdpo_lightning.types import Chunk, StageSettings
 
 PartitionName = Literal["by_source", "pooled", "random"]
 OrderName = Literal["easy_to_hard", "given", "reversed"]
@@ -33,6 +34,7 @@ class Staging:
         order: of the groups.
         merge_ties: groups closer than two standard errors become one.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes.
+        stage_settings: name, place or "*" -> settings of those stages.
         seed: of the cuts.
 
     Raises:
@@ -45,6 +47,7 @@ class Staging:
     order: OrderName
     merge_ties: bool
     epochs_per_stage: int | Mapping[str, int]
+    stage_settings: Mapping[str, StageSettings]
     seed: int
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class Staging:
     @property
     def knows_epochs(self) -> bool:
         """Whether the epochs of the plan don't depend on what M_0 will say."""
-        return not self.merge_ties
+        return not self.merge_ties and not (self.needs_ranking and count_by_place(self.stage_settings))
 
     def in_order(self, scores: Mapping[str, Tensor]) -> list[list[str]]:
         """The groups in training order.
@@ -82,22 +85,39 @@ class Staging:
         """
         return cut_into_chunks(self.partition, groups, pair_ids, self.seed)
 
+    def settings(self, names: Sequence[str]) -> list[StageSettings]:
+        """What each stage has to itself, its passes apart.
+
+        Args:
+            names: of the chunks, in training order.
+        """
+        own = [settings_of(self.stage_settings, index, name) for index, name in enumerate(names, 1)]
+        return [replace(settings, epochs=None) for settings in own]
+
     def epochs(self, names: Sequence[str]) -> list[int]:
         """Passes over each chunk.
 
         Args:
             names: of the chunks, in training order.
         """
-        return [epochs_of(self.epochs_per_stage, name) for name in names]
+        own = [settings_of(self.stage_settings, index, name).epochs for index, name in enumerate(names, 1)]
+        return [given or epochs_of(self.epochs_per_stage, name) for given, name in zip(own, names, strict=True)]
 
-    def plan(self, names: Sequence[str]) -> dict[str, Any]:
+    def plan(self, names: Sequence[str], world_size: int) -> dict[str, Any]:
         """What a resumed run must agree on.
 
         Args:
             names: of the chunks, in training order.
+            world_size: processes.
         """
+        own = {name: settings.given() for name, settings in zip(names, self.settings(names), strict=True)}
+        for settings in own.values():
+            if "batch_size" in settings:
+                settings["batch_size x processes"] = settings.pop("batch_size") * world_size
         return {
             "data.partition": self.partition,
             "data.order": self.order,
             "data.epochs_per_stage": dict(zip(names, self.epochs(names), strict=True)),
+            # None too where a run of before this setting is resumed.
+            "data.stage_settings": {name: settings for name, settings in own.items() if settings} or None,
         }
