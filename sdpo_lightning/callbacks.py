@@ -31,6 +31,7 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
+from sdpo_lightning.difficulty_reference import score_by_reference
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
@@ -71,7 +72,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
-        from_first_rank(lambda: check_vocabulary(trainer.datamodule.tokenizer, pl_module.model_name_or_path))
+        for path in filter(None, (pl_module.model_name_or_path, trainer.datamodule.difficulty_reference)):
+            from_first_rank(lambda path=path: check_vocabulary(trainer.datamodule.tokenizer, path))
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
@@ -113,13 +115,15 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
             return self._set_epochs(trainer, data.total_epochs())
+        rival = None
         if data.needs_ranking and not trainer.fast_dev_run:
+            rival = score_by_reference(trainer, pl_module)
             log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
             inputs = self._m0_inputs(trainer, pl_module)
             pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
             if trainer.limit_train_batches:
                 from_first_rank(lambda: write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs)))
-        data.rank(pl_module.m0_logps)
+        data.rank(pl_module.m0_logps, rival)
 
     @staticmethod
     def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:

@@ -132,7 +132,7 @@ class DPOLitModule(StageOptimization):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self._load(self.model_name_or_path).train()
+            self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
@@ -145,7 +145,8 @@ class DPOLitModule(StageOptimization):
         """The same model with weights on the meta device; every rank calls it. Override with `load_weights`."""
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
-    def _load(self, path: str) -> CausalBackbone:
+    def load_model(self, path: str) -> CausalBackbone:
+        """A model as this run computes with it: cut, frozen and fitted with kernels as its settings say. A collective."""
         strategy, data = self.trainer.strategy, self.trainer.datamodule
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
@@ -194,7 +195,7 @@ class DPOLitModule(StageOptimization):
         if folder is not None and not from_first_rank((run_dir / folder).is_dir):
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
         try:
-            weights = self._load(path).to(self.device)
+            weights = self.load_model(path).to(self.device)
         except (ConfigurationError, OSError, SafetensorError) as error:
             if folder is None:
                 raise

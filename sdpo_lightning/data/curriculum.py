@@ -11,16 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdpo_lightning.types import Chunk, ConfigurationError, PairLogps, ResumeError, Stage, StageSettings
+from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage, StageSettings
 
 log = logging.getLogger(__name__)
-
-
-def pair_gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:
-    """Gamma `[B]` of summed logps (below Eq. 1), or of the means over their tokens."""
-    if difficulty == "sum_logps":
-        return logps.gamma
-    return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths
 
 
 def reward_accuracy(scores: Tensor) -> tuple[float, float]:
@@ -30,17 +23,19 @@ def reward_accuracy(scores: Tensor) -> tuple[float, float]:
     reference every reward is 0, so the score is gamma_{M_0}, the log-ratio below Eq. 1.
 
     Args:
-        scores: `[P]`, gamma of each pair; a tie (0) counts 1/2.
+        scores: `[P]`, gamma of each pair; a tie (0) counts 1/2, NaN not at all.
 
     Returns:
-        The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P).
+        The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P),
+        P being the pairs that count.
 
     Raises:
-        ConfigurationError: without pairs, or with a score that isn't finite.
+        ConfigurationError: without pairs, or with an infinite score.
     """
+    scores = scores[~scores.isnan()]
     if scores.numel() == 0:
         raise ConfigurationError("no pairs to rank; raise `data.rank_limit` or check the source")
-    if not bool(torch.isfinite(scores).all()):
+    if bool(scores.isinf().any()):
         raise ConfigurationError("M_0 gives a score that isn't finite; check `model.model_name_or_path`")
     wins = (scores > 0).double() + 0.5 * (scores == 0).double()
     deviation = wins.std(unbiased=True).item() if wins.numel() > 1 else 0.5

@@ -16,11 +16,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
-from sdpo_lightning.data.curriculum import check_numbers, pair_gamma, reward_accuracy, stage_of_epoch
+from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
+from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.ranking import order_of_length, rank_sources
 from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
 from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
@@ -41,7 +43,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         order: `easy_to_hard` by M_0's reward accuracy, `given`, or `reversed` (hard to easy).
         stages: lists of source names that train together; default: each source is a stage.
         merge_ties: sources closer than two standard errors share a stage.
-        difficulty: score of a pair: `sum_logps`, the paper's gamma, or `mean_logps` per token.
+        difficulty: score of a pair: `sum_logps`, the paper's gamma; `mean_logps` per token; `length_matched`, gamma
+            of the pairs of like length; `residual`, gamma less what length explains; or the path of a function.
+        difficulty_reference: folder of another model: pairs are scored by M_0's rewards against it.
         rank_limit: rank by the first N kept pairs of each source.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
         stage_settings: learning rate, beta, ... of single stages: by name, else by place ("2"), else by "*".
@@ -71,7 +75,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         order: OrderName = "easy_to_hard",
         stages: list[list[str]] | None = None,
         merge_ties: bool = False,
-        difficulty: Literal["sum_logps", "mean_logps"] = "sum_logps",
+        difficulty: str = "sum_logps",
+        difficulty_reference: str | None = None,
         rank_limit: int | None = None,
         epochs_per_stage: int | dict[str, int] = 1,
         stage_settings: dict[str, StageSettings] | None = None,
@@ -98,6 +103,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, own, seed)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
+        self.difficulty_reference = difficulty_reference
         self.rank_limit = rank_limit
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
@@ -116,6 +122,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self._row_hashes: dict[str, Tensor] | None = None
         self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
         self._layout_before: str | None = None
+        check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
 
@@ -127,6 +134,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             return
         trainer = self.trainer
         assert trainer is not None, "`setup` runs within a Trainer"
+        find_difficulty(self.difficulty)
         model = trainer.lightning_module.model_name_or_path
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
@@ -158,23 +166,22 @@ class CurriculumDataModule(pl.LightningDataModule):
         self._ranking_requested = True
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
-        """Score `[B]` of each pair, higher = easier; above 0 counts as right. Override to redefine difficulty."""
-        return pair_gamma(logps, self.difficulty)
+        """Score `[B]` of each pair, higher = easier; above 0 counts as right, NaN not at all. Override to redefine it.
 
-    def rank(self, m0: LogpTable | None) -> None:
+        Asked once, for the ranked pairs of all sources together, source after source.
+        """
+        return find_difficulty(self.difficulty)(logps)
+
+    def rank(self, m0: LogpTable | None, reference: LogpTable | None = None) -> None:
         """Decide the chunks.
 
         Args:
             m0: logps of M_0 for the ranked pairs; None where no order is asked for.
+            reference: of `difficulty_reference`, for the same pairs.
         """
         scores: dict[str, Tensor] = {}
-        for report in self.reports.values() if m0 is not None else ():
-            logps, known = m0.lookup(torch.tensor(report.train_ids[: self.rank_limit]))
-            assert bool(known.all()), "the ranking pass left pairs out"
-            scores[report.name] = self.pair_scores(logps)
-            report.reward_accuracy, report.standard_error = reward_accuracy(scores[report.name])
-            mean = reward_accuracy(pair_gamma(logps, "mean_logps"))
-            report.mean_logps_accuracy, report.mean_logps_standard_error = mean
+        if m0 is not None:
+            scores = rank_sources(list(self.reports.values()), self.rank_limit, self.pair_scores, m0, reference)
         self._chunks = self.partition(scores)
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
@@ -227,6 +234,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """What `curriculum.json` holds: the order, the sources and the stages."""
         return {
             "order": self.source_order,
+            "length_order": order_of_length(list(self.reports.values())),
             "sources": [report.row() for report in self.reports.values()],
             "stages": [stage.row() for stage in self.stages()],
         }
