@@ -1,7 +1,7 @@
 """The order of real sources under each `data.difficulty`, by one pass of a model: `python -m benchmarks.difficulty`.
 
-The data and the model are read from the folder that `SDPO_SHARED` names (default `../shared`). Every difficulty is a function
-of the same logps, so that one pass of the model serves all.
+The data and the model are read from the folder that `SDPO_SHARED` names (default `../shared`). Every difficulty is a
+function of the same logps, so that one pass of the model serves all.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
     lines = [
         "# The order of real sources under each difficulty",
         f"`python -m benchmarks.difficulty`: the first {given.limit} rows of each source at `data.max_length` "
-        f"{given.max_length}, scored by one pass of a Llama of 5.8 million parameters on a CPU. It serves mechanics: how far",
+        f"{given.max_length}, scored by one pass of a Llama of 5.8 million parameters on a CPU. It serves "
+        "mechanics: how far",
         "an order follows length for another model is for that model to say.",
         "",
         "```",

@@ -95,6 +95,10 @@ def _tried(found: list[Finding], make: Callable[[], Result]) -> Result | None:
 
 
 def _foreign(config: Config) -> Iterator[Finding]:
+    function = str(_arguments(config["data"]).get("difficulty"))
+    if "." in function and function.partition(".")[0] not in _KNOWN_PACKAGES:
+        text = f"`data.difficulty` names the function {function!r}: its code will run; make sure that you know it"
+        yield Finding("warning", text)
     for key, path in _class_paths(config, ""):
         if path.partition(".")[0] not in _KNOWN_PACKAGES:
             yield Finding("warning", f"`{key}` names the class {path!r}: its code will run; make sure that you know it")

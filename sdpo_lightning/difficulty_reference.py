@@ -32,5 +32,6 @@ def score_by_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Lo
     problem = layout_problem(model, data.collator) if pl_module.exact_layout is None else ""
     if problem:
         name = type(data.collator).__name__
-        raise ConfigurationError(f"`data.difficulty_reference`: {name} isn't exact for it ({problem}); set `data.layout`")
+        found = f"`data.difficulty_reference`: {name} isn't exact for it ({problem})"
+        raise ConfigurationError(f"{found}; set `data.layout`, `padded` at last")
     return score_pairs(model, data.batches(data.ranking_ids()), pl_module.score)

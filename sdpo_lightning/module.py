@@ -146,7 +146,7 @@ class DPOLitModule(StageOptimization):
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
     def load_model(self, path: str) -> CausalBackbone:
-        """A model as this run computes with it: cut, frozen and fitted with kernels as its settings say. A collective."""
+        """A model as this run computes with it: cut, frozen, with its kernels. A collective."""
         strategy, data = self.trainer.strategy, self.trainer.datamodule
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 

@@ -49,9 +49,8 @@ def test_like_length_by_hand():
 @given(tables())
 def test_length_matched_keeps_gamma_or_counts_nothing(table):
     scores = d.length_matched(table)
-    for score, gamma, a, b in zip(
-        scores.tolist(), table.gamma.tolist(), table.chosen_lengths.tolist(), table.rejected_lengths.tolist(), strict=True
-    ):
+    columns = (scores, table.gamma, table.chosen_lengths, table.rejected_lengths)
+    for score, gamma, a, b in zip(*(column.tolist() for column in columns), strict=True):
         assert score == gamma if 10 * abs(a - b) <= max(a, b) else score != score
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from helpers import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,3 +225,21 @@ def test_settings_reach_a_subclass_that_reads_beta(tmp_path, tiny_model_dir, sou
 
     fit(tmp_path, tiny_model_dir, sources, module_class=Hinge, stage_settings={"b": StageSettings(beta=0.7)})
     assert seen == [0.1] * 4 + [0.7] * 6
+
+
+def test_the_snippets_of_the_docs_are_read(words, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "curriculum.md").read_text()
+    snippets = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    assert len(snippets) == 3
+    for snippet in snippets:
+        plain = {key: v if isinstance(v, str) else json.dumps(v) for key, v in snippet["data"].items()}
+        values = [f"--data.{key}={value}" for key, value in plain.items()]
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *words, *values, "--print_config"])
+        assert stop.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)["data"]
+        for key, value in snippet["data"].items():
+            found = printed[key]
+            if key == "stage_settings":
+                found = {name: {k: v for k, v in row.items() if v is not None} for name, row in found.items()}
+            assert found == value
