@@ -24,6 +24,7 @@ _HOMES = {
     "PairLogps": "types",
     "Chunk": "types",
     "Stage": "types",
+    "StageSettings": "types",
 }
 
 __all__ = list(_HOMES)

@@ -30,6 +30,11 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
+<<<<<<< HEAD
+=======
+from sdpo_lightning.difficulty_reference import score_by_reference
+from sdpo_lightning.exactness import COLLATORS, exact_layout
+>>>>>>> wip-curric
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
@@ -71,7 +76,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
-        from_first_rank(lambda: check_vocabulary(trainer.datamodule.tokenizer, pl_module.model_name_or_path))
+        for path in filter(None, (pl_module.model_name_or_path, trainer.datamodule.difficulty_reference)):
+            from_first_rank(lambda path=path: check_vocabulary(trainer.datamodule.tokenizer, path))
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
@@ -89,9 +95,13 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
+<<<<<<< HEAD
         if pl_module.fork is not None and trainer.ckpt_path is None:
             from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
         if not trainer.datamodule.merge_ties:
+=======
+        if trainer.datamodule.staging.knows_epochs:
+>>>>>>> wip-curric
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
         if leaves_files(trainer):
             lock_run(trainer, self._lock)
@@ -116,11 +126,38 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
             return self._set_epochs(trainer, data.total_epochs())
+        rival = None
         if data.needs_ranking and not trainer.fast_dev_run:
+<<<<<<< HEAD
             score_by_m0(trainer, pl_module)
         data.rank(pl_module.m0_logps)
         if pl_module.fork is not None:
             adopt(trainer, pl_module, pl_module.fork)
+=======
+            rival = score_by_reference(trainer, pl_module)
+            log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
+            inputs = self._m0_inputs(trainer, pl_module)
+            pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
+            if trainer.limit_train_batches:
+                from_first_rank(lambda: write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs)))
+        data.rank(pl_module.m0_logps, rival)
+
+    @staticmethod
+    def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:
+        data, ids = trainer.datamodule, trainer.datamodule.ranking_ids()
+        return ReferenceInputs(
+            batches=data.batches(ids),
+            rows_digest=lambda: data.store.digest(ids),
+            policy_digest=pl_module.record.digests[0],
+            folder=run_dir(trainer) / "references",
+            numerics=_numerics(trainer, pl_module),
+        )
+
+    def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.datamodule.needs_ranking:
+            key = cache_key(self._m0_inputs(trainer, pl_module))
+            pl_module.m0_logps = from_first_rank(lambda: read_table(_m0_path(trainer), key))
+>>>>>>> wip-curric
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
@@ -175,7 +212,8 @@ class StageTransition(pl.Callback):
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
-        if stage.index > 1:
+        if stage.index > 1 or stage.settings.given():
+            # Those of stage 1 are made before the plan is.
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
@@ -266,8 +304,19 @@ class StageTransition(pl.Callback):
         set_layout(trainer, pl_module)
         read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
+<<<<<<< HEAD
         stage = Stage(index, "evaluation", ids, (1,), 0)
         inputs = evaluation_inputs(trainer, pl_module, ids)
+=======
+        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, data.settings_of(index))
+        inputs = ReferenceInputs(
+            batches=trainer.datamodule.batches(ids),
+            rows_digest=lambda: trainer.datamodule.store.digest(ids),
+            policy_digest=pl_module.record.digests[pl_module.record.reference],
+            folder=run_dir(trainer) / "references" / "evaluation",
+            numerics=_numerics(trainer, pl_module),
+        )
+>>>>>>> wip-curric
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

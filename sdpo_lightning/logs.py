@@ -63,6 +63,10 @@ class MetricsLog(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file; a resumed run drops the rows beyond its checkpoint."""
         self._step = trainer.global_step
+        if trainer.ckpt_path is None:
+            # Of a fork its parent's.
+            adopted = trainer.datamodule.stages()[: pl_module.record.entered]
+            self.pairs_seen = float(sum(stage.epochs * len(stage.pair_ids) for stage in adopted))
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
         if trainer.is_global_zero and not trainer.fast_dev_run:

@@ -139,7 +139,7 @@ class DPOLitModule(StageOptimization):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self._load(self.model_name_or_path).train()
+            self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
@@ -153,7 +153,8 @@ class DPOLitModule(StageOptimization):
         """The same model with weights on the meta device; every rank calls it. Override with `load_weights`."""
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
-    def _load(self, path: str) -> CausalBackbone:
+    def load_model(self, path: str) -> CausalBackbone:
+        """A model as this run computes with it: cut, frozen, with its kernels. A collective."""
         strategy, data = self.trainer.strategy, self.trainer.datamodule
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
@@ -198,7 +199,11 @@ class DPOLitModule(StageOptimization):
         if folder is not None and not from_first_rank((run_dir / folder).is_dir):
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
         try:
+<<<<<<< HEAD
             weights = self.read_model(None if folder is None else run_dir / folder)
+=======
+            weights = self.load_model(path).to(self.device)
+>>>>>>> wip-curric
         except (ConfigurationError, OSError, SafetensorError) as error:
             if folder is None:
                 raise
@@ -215,8 +220,6 @@ class DPOLitModule(StageOptimization):
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
         return super().settings() | {
-            "model.beta": self.beta,
-            "model.label_smoothing": self.label_smoothing,
             "model.disable_dropout": self.disable_dropout,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,

@@ -37,6 +37,10 @@ class SourceReport:
     standard_error: float | None = None
     mean_logps_accuracy: float | None = None
     mean_logps_standard_error: float | None = None
+    shorter_chosen: float | None = None
+    length_matched_pairs: int | None = None
+    length_matched_accuracy: float | None = None
+    length_correlation: float | None = None
     train_ids: list[int] = field(default_factory=list, repr=False)
     val_ids: list[int] = field(default_factory=list, repr=False)
     prompt_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
@@ -47,7 +51,8 @@ class SourceReport:
 
     def scores(self) -> dict[str, float | None]:
         """The figures of the ranking, for a checkpoint."""
-        return {key: value for key, value in self.row().items() if key.endswith(("accuracy", "error"))}
+        parts = ("accuracy", "error", "length", "shorter")
+        return {key: value for key, value in self.row().items() if any(part in key for part in parts)}
 
     def take_scores(self, scores: Mapping[str, float | None]) -> None:
         """Take over the figures of a checkpoint."""
