@@ -30,11 +30,7 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
-<<<<<<< HEAD
-=======
 from sdpo_lightning.difficulty_reference import score_by_reference
-from sdpo_lightning.exactness import COLLATORS, exact_layout
->>>>>>> wip-curric
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
@@ -95,13 +91,9 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
-<<<<<<< HEAD
         if pl_module.fork is not None and trainer.ckpt_path is None:
             from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
-        if not trainer.datamodule.merge_ties:
-=======
         if trainer.datamodule.staging.knows_epochs:
->>>>>>> wip-curric
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
         if leaves_files(trainer):
             lock_run(trainer, self._lock)
@@ -128,36 +120,11 @@ class StageTransition(pl.Callback):
             return self._set_epochs(trainer, data.total_epochs())
         rival = None
         if data.needs_ranking and not trainer.fast_dev_run:
-<<<<<<< HEAD
+            rival = score_by_reference(trainer, pl_module)
             score_by_m0(trainer, pl_module)
-        data.rank(pl_module.m0_logps)
+        data.rank(pl_module.m0_logps, rival)
         if pl_module.fork is not None:
             adopt(trainer, pl_module, pl_module.fork)
-=======
-            rival = score_by_reference(trainer, pl_module)
-            log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
-            inputs = self._m0_inputs(trainer, pl_module)
-            pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
-            if trainer.limit_train_batches:
-                from_first_rank(lambda: write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs)))
-        data.rank(pl_module.m0_logps, rival)
-
-    @staticmethod
-    def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:
-        data, ids = trainer.datamodule, trainer.datamodule.ranking_ids()
-        return ReferenceInputs(
-            batches=data.batches(ids),
-            rows_digest=lambda: data.store.digest(ids),
-            policy_digest=pl_module.record.digests[0],
-            folder=run_dir(trainer) / "references",
-            numerics=_numerics(trainer, pl_module),
-        )
-
-    def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.datamodule.needs_ranking:
-            key = cache_key(self._m0_inputs(trainer, pl_module))
-            pl_module.m0_logps = from_first_rank(lambda: read_table(_m0_path(trainer), key))
->>>>>>> wip-curric
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
@@ -304,19 +271,8 @@ class StageTransition(pl.Callback):
         set_layout(trainer, pl_module)
         read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
-<<<<<<< HEAD
-        stage = Stage(index, "evaluation", ids, (1,), 0)
+        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, trainer.datamodule.settings_of(index))
         inputs = evaluation_inputs(trainer, pl_module, ids)
-=======
-        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, data.settings_of(index))
-        inputs = ReferenceInputs(
-            batches=trainer.datamodule.batches(ids),
-            rows_digest=lambda: trainer.datamodule.store.digest(ids),
-            policy_digest=pl_module.record.digests[pl_module.record.reference],
-            folder=run_dir(trainer) / "references" / "evaluation",
-            numerics=_numerics(trainer, pl_module),
-        )
->>>>>>> wip-curric
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

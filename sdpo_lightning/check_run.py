@@ -17,10 +17,6 @@ from sdpo_lightning.adapters import LoraSettings
 from sdpo_lightning.check_report import pair_lines, source_lines, stage_lines
 from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
-<<<<<<< HEAD
-from sdpo_lightning.data.curriculum import cut_into_chunks, epochs_of, stage_names, stage_plan
-=======
->>>>>>> wip-curric
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
@@ -175,8 +171,7 @@ def _prepare(
     tokenize = _tried(found, lambda: PairTokenizer(tokenizer, module.max_length, module.on_long_prompt))
     if tokenize is None:
         return None
-    names = stage_names(module.partition_kind, module.groups)
-    how = Preparation(tokenize, module.on_bad_row, module.num_proc, stages=names)
+    how = Preparation(tokenize, module.on_bad_row, module.num_proc, stages=module.staging.names())
     before = len(found)
     prepared = _tried(found, lambda: prepare_sources(module.sources, how))
     if prepared is None:

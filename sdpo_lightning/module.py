@@ -199,11 +199,7 @@ class DPOLitModule(StageOptimization):
         if folder is not None and not from_first_rank((run_dir / folder).is_dir):
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
         try:
-<<<<<<< HEAD
             weights = self.read_model(None if folder is None else run_dir / folder)
-=======
-            weights = self.load_model(path).to(self.device)
->>>>>>> wip-curric
         except (ConfigurationError, OSError, SafetensorError) as error:
             if folder is None:
                 raise
@@ -215,7 +211,7 @@ class DPOLitModule(StageOptimization):
         """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
         if self.lora is not None:
             return frozen_adapter(self.policy, folder)
-        return self._load(self.model_name_or_path if folder is None else str(folder)).to(self.device)
+        return self.load_model(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""

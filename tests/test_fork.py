@@ -170,11 +170,12 @@ def test_a_fork_deletes_no_model_of_its_parent(tmp_path, tiny_model_dir, sources
     made = forked(tmp_path / "all", 3)
     fit(tmp_path / "fork", tiny_model_dir, sources, module_class=made, callbacks=[StageExport(keep_last=1)])
     assert len(list((tmp_path / "all" / "stages").iterdir())) == 3
-    # A parent that kept its last model only can be forked there alone.
+    # A parent that deleted M_1, and kept M_2 for its checkpoint.
     fit(tmp_path / "last", tiny_model_dir, sources, **keeps)
-    assert [path.name for path in (tmp_path / "last" / "stages").iterdir()] == ["03-c"]
-    with pytest.raises(ResumeError, match="M_2 in .* which kept its last models only"):
-        fit(tmp_path / "other", tiny_model_dir, sources, module_class=forked(tmp_path / "last", 3))
+    with pytest.raises(ResumeError, match="M_1 in .* which kept its last models only"):
+        fit(tmp_path / "other", tiny_model_dir, sources, module_class=forked(tmp_path / "last", 2))
+    fit(tmp_path / "third", tiny_model_dir, sources, module_class=forked(tmp_path / "last", 3))
+    assert_same_weights(tmp_path / "third" / "stages" / "03-c", tmp_path / "all" / "stages" / "03-c")
 
 
 def test_a_fork_of_a_fork(tmp_path, parent, dropout_model_dir, sources):

@@ -139,8 +139,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
-        names = stage_names(self.partition_kind, self.groups)
-        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, names)
+        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
         reports, parts = prepare_sources(self.sources, how)
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":

@@ -13,13 +13,9 @@ from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
-<<<<<<< HEAD
-from sdpo_lightning.loop_progress import ACCUMULATE, AT_ONCE
-from sdpo_lightning.types import Chunk, ResumeError, Stage
-=======
 from sdpo_lightning.data.staging import Staging
+from sdpo_lightning.loop_progress import ACCUMULATE, AT_ONCE
 from sdpo_lightning.types import Chunk, ResumeError, Stage, StageSettings
->>>>>>> wip-curric
 
 log = logging.getLogger(__name__)
 
