@@ -19,12 +19,14 @@ from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.curriculum import cut_into_chunks, epochs_of, stage_plan
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.passes import Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.sources import PreferenceSource, prompt_texts
+from sdpo_lightning.data.rows import row_number
+from sdpo_lightning.data.sources import prompt_texts
 from sdpo_lightning.data.survey import survey
 from sdpo_lightning.estimate import GIB
 from sdpo_lightning.estimate_inputs import count_ranks, read_model_config, read_run
@@ -197,8 +199,7 @@ def _describe(
     for report in reports:
         found += source_lines(report, store, report.dropped, report.marks)
         for pair_id, pair in zip(report.train_ids[:show], store.get(report.train_ids[:show]), strict=True):
-            row = (pair_id & ((1 << 40) - 1)) + 1
-            lines = pair_lines(tokenizer, f"source {report.name!r}, row {row}:", pair)
+            lines = pair_lines(tokenizer, f"source {report.name!r}, row {row_number(pair_id)}:", pair)
             found.append(Finding("info", "\n".join(lines)))
     found += survey(parts, reports, module.on_val_overlap)
     stages = _tried(found, lambda: _stages(config, module, reports, store))

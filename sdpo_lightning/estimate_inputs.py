@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import epochs_of, stage_names
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
 from sdpo_lightning.exactness import COLLATORS
 from sdpo_lightning.shapes import model_shape

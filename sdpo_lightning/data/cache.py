@@ -27,7 +27,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_lightning.data import collate, records, rows
+from sdpo_lightning.data import collate, messages, rated, records, rows, selection, turns
 from sdpo_lightning.data import sources as reading
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.records import load_dataset, local_path
@@ -36,7 +36,7 @@ from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 2
+_SCHEMA = 3
 _CONTENT = "source.json"
 _WEEK = 7 * 86_400
 
@@ -138,7 +138,8 @@ def _rules_digest() -> str:
     package = sys.modules[__name__.partition(".")[0]]
     versions = [_SCHEMA, package.__version__, transformers.__version__, tokenizers.__version__]
     # A rule that is changed between two versions must not find the rows of the old one.
-    return _digest([*versions, *(inspect.getsource(module) for module in (collate, records, rows, reading))])
+    modules = (collate, messages, rated, records, rows, selection, reading, turns)
+    return _digest([*versions, *(inspect.getsource(module) for module in modules)])
 
 
 def compare_nodes(names: Sequence[str], by_node: Mapping[int, Sequence[Fingerprint]]) -> None:

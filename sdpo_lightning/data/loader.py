@@ -13,16 +13,19 @@ from datasets import Dataset, concatenate_datasets
 from sdpo_lightning.data.batching import bucket_order, cut_by_pairs, cut_by_tokens, longer_side
 from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
 from sdpo_lightning.data.curriculum import steps_per_epoch
+from sdpo_lightning.data.messages import Spans
 from sdpo_lightning.types import PreferenceBatch
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PairStore:
     """The tokenised pairs of all sources, found by pair id.
 
     Args:
-        datasets: with `pair_id` and the ids of prompt, chosen and rejected.
+        datasets: with `pair_id` and the ids of prompt, chosen and rejected; perhaps with what isn't scored of them, as
+            begin, end, begin, end, ...
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -31,7 +34,14 @@ class PairStore:
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
         columns = self._rows.with_format("arrow")
-        self._lengths = np.stack([pc.list_value_length(columns[name][:]).to_numpy().astype(np.int64) for name in _IDS])
+
+        def lengths_of(name: str) -> np.ndarray:
+            return pc.list_value_length(columns[name][:]).to_numpy().astype(np.int64)
+
+        self._lengths = np.stack([lengths_of(name) for name in _IDS])
+        # Most sources have no words of others within their completions.
+        has_spans = all(name in self._rows.column_names for name in _SPANS)
+        self._has_spans = has_spans and any(lengths_of(name).any() for name in _SPANS)
 
     def _row_numbers(self, pair_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(pair_ids, dtype=np.int64)
@@ -46,7 +56,11 @@ class PairStore:
     def get(self, pair_ids: Sequence[int]) -> list[TokenizedPair]:
         """The pairs of the given ids, in that order."""
         rows = self._rows[self._row_numbers(pair_ids).tolist()]
-        return [TokenizedPair(*ids) for ids in zip(*(rows[name] for name in _IDS), strict=True)]
+        ids = zip(*(rows[name] for name in _IDS), strict=True)
+        if not self._has_spans:
+            return [TokenizedPair(*three) for three in ids]
+        spans = zip(*(map(_pairs_of, rows[name]) for name in _SPANS), strict=True)
+        return [TokenizedPair(*three, (), *two) for three, two in zip(ids, spans, strict=True)]
 
     def digest(self, pair_ids: Sequence[int]) -> str:
         """sha256 over the tokenised rows in order."""
@@ -54,8 +68,12 @@ class PairStore:
         for start in range(0, len(pair_ids), 1024):
             part = pair_ids[start : start + 1024]
             for pair_id, pair in zip(part, self.get(part), strict=True):
-                digest.update(f"{pair_id}:{pair.prompt_ids}{pair.chosen_ids}{pair.rejected_ids}".encode())
+                digest.update(f"{pair_id}:{pair.text()}".encode())
         return digest.hexdigest()
+
+
+def _pairs_of(bounds: list[int]) -> Spans:
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
 
 def epoch_order(pair_ids: Sequence[int], seed: int, stage_name: str, epoch: int) -> list[int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdpo_lightning.data.curriculum import chunks_by_source, compare_plans
 from sdpo_lightning.data.loader import PairStore
-from sdpo_lightning.data.prepare import SourceReport, row_number
+from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.rows import row_number
 from sdpo_lightning.types import Chunk, ResumeError
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ def row_hashes(store: PairStore, report: SourceReport) -> Tensor:
         for start in range(0, len(ids), 1024):
             part = ids[start : start + 1024]
             for pair_id, pair in zip(part, store.get(part), strict=True):
-                text = f"{pair.prompt_ids}{pair.chosen_ids}{pair.rejected_ids}".encode()
-                digest = hashlib.sha256(side + text).digest()
+                digest = hashlib.sha256(side + pair.text().encode()).digest()
                 found.append((pair_id, int.from_bytes(digest[:8], "little", signed=True)))
     return torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 2).T.contiguous()
 

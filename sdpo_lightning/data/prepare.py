@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, data_digest, fingerprints, read_content
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.curriculum import split_by_prompt
-from sdpo_lightning.data.sources import VAL_FIRST_ROW, Note, PreferenceSource, read_source
+from sdpo_lightning.data.declaration import PreferenceSource
+from sdpo_lightning.data.rows import VAL_FIRST_ROW, row_number
+from sdpo_lightning.data.sources import Note, read_source
 from sdpo_lightning.data.tokenizing import Tokenized, processes, tokenize_rows
 from sdpo_lightning.ranks import side_by_side, together
 from sdpo_lightning.types import ConfigurationError
@@ -68,11 +70,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"no tokenizer at {name_or_path!r}; set `data.tokenizer` or `model.model_name_or_path`: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def row_number(pair_id: int) -> int:
-    """The row, counted from 1, of its file."""
-    return (pair_id & (VAL_FIRST_ROW - 1)) + 1
 
 
 @dataclass(frozen=True)
@@ -225,11 +222,12 @@ def _build_part(
     """The pairs of `source.path` or of `source.val_path`, the dropped rows by reason, and lines for the log."""
     rows = out.with_suffix(".rows")
     loaded = read_source(source, index, val_path, how.on_bad_row, VAL_FIRST_ROW if val_path else 0, rows)
+    tokenize = how.tokenize.with_variables(source.chat_template_kwargs)
     if loaded.conversational:
-        how.tokenize.check_template(source.name)
+        tokenize.check_template(source.name)
     count = processes(how.num_proc, len(loaded.rows), how.local_ranks)
     strict = how.on_bad_row == "error"
-    done = tokenize_rows(rows, len(loaded.rows), how.tokenize, strict, count, out, source.name)
+    done = tokenize_rows(rows, len(loaded.rows), tokenize, strict, count, out, source.name)
     rows.unlink()
     if done.bad is not None:
         number, rule = row_number(done.bad[0]), "on_bad_row" if strict else "on_long_prompt"
@@ -247,8 +245,10 @@ def _build_part(
         level = logging.WARNING if lost > 0.01 * loaded.total else logging.INFO
         text = f"source {source.name!r}: {lost} of {loaded.total} pairs dropped: {_listed(done.dropped)}"
         notes.append((level, text))
-    if done.marks:
-        notes.append((logging.INFO, f"source {source.name!r}: of {done.pairs} pairs {_listed(done.marks)}"))
+    lost_fields = {mark: count for mark, count in done.marks.items() if mark.startswith("unrendered_")}
+    for level, marks in ((logging.INFO, done.marks), (logging.WARNING, lost_fields)):
+        if marks:
+            notes.append((level, f"source {source.name!r}: of {done.pairs} pairs {_listed(marks)}"))
     return done, total, notes
 
 
