@@ -225,7 +225,7 @@ def _stages(
     config: Config, module: CurriculumDataModule, reports: Sequence[SourceReport], store: PairStore
 ) -> list[Stage]:
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
-    ids = {report.name: report.train_ids for report in reports}
+    ids = {report.name: report.chunk_ids for report in reports}
     chunks = cut_into_chunks(module.partition_kind, module.groups, ids, module.seed)
     passes = Passes(
         store,

@@ -196,7 +196,8 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
     try:
         reports, store = _prepare(data, config["model"]["model_name_or_path"])
     except ConfigurationError as error:
-        if all(Path(source["path"]).exists() for source in data["sources"]) and "no tokenizer" not in str(error):
+        paths = [source.get("path") for source in data["sources"]]
+        if all(path and Path(path).exists() for path in paths) and "no tokenizer" not in str(error):
             raise
         load = _assumed(data, collator)
         stages = [StageLoad(name, None, load, load) for name in _stage_names(data)]
@@ -230,8 +231,8 @@ def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> lis
     """The chunks in the order of the sources; what a random cut takes is taken to be all."""
     names, groups = _stage_names(data), _groups(data)
     if data["partition"] != "by_source":
-        return [Chunk(name, [i for report in reports.values() for i in report.train_ids]) for name in names]
-    ids = [[i for name in group for i in reports[name].train_ids] for group in groups]
+        return [Chunk(name, [i for report in reports.values() for i in report.chunk_ids]) for name in names]
+    ids = [[i for name in group for i in reports[name].chunk_ids] for group in groups]
     return [Chunk(name, part) for name, part in zip(names, ids, strict=True)]
 
 

@@ -77,9 +77,14 @@ def fingerprints(sources: Sequence[PreferenceSource], tokenize: PairTokenizer, o
     tokenizer, rules = _tokenizer_digest(tokenize.tokenizer), _rules_digest()
     common = {"max_length": tokenize.max_length, "on_bad_row": on_bad_row, "on_long_prompt": tokenize.on_long_prompt}
     return [
-        Fingerprint(data_digest(source), tokenizer, _digest(asdict(source) | common | {"index": index}), rules)
+        Fingerprint(data_digest(source), tokenizer, _digest(_settings(source) | common | {"index": index}), rules)
         for index, source in enumerate(sources)
     ]
+
+
+def _settings(source: PreferenceSource) -> dict[str, Any]:
+    """Those that decide the tokenised pairs; what a preset stands for is filled in."""
+    return {key: value for key, value in asdict(source).items() if key not in ("preset", "repeat", "weight")}
 
 
 def data_digest(source: PreferenceSource) -> str:

@@ -9,6 +9,7 @@ within a completion aren't scored.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,11 @@ class PairTokenizer:
         """The same with other variables of the chat template."""
         return PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt, variables)
 
+    def unnamed_variables(self) -> list[str]:
+        """Variables that stand nowhere in the chat template, so that setting them does nothing."""
+        template = str(self.tokenizer.chat_template)  # of several templates all
+        return [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+
     def __call__(self, prompt: Text, chosen: Text, rejected: Text, extras: str = "") -> TokenizedPair | str:
         """Ids of one row, or the reason why it is dropped: see `tokenize_pair`."""
         return tokenize_pair(self, prompt, chosen, rejected, extras)
@@ -118,7 +124,9 @@ class PairTokenizer:
         return any(special in part for part in parts for special in self.special_texts)
 
     def _string_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        # A prompt that was rendered before has its BOS already.
+        return ids[1:] if ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids
 
     def _completed_ids(self, text: str) -> list[int]:
         ids = self._string_ids(text)

@@ -196,7 +196,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         groups = order_groups(self.groups, scores, self.order, self.merge_ties)
         self.source_order = [name for group in groups for name in group]
-        pair_ids = {name: report.train_ids for name, report in self.reports.items()}
+        pair_ids = {name: report.chunk_ids for name, report in self.reports.items()}
         return cut_into_chunks(self.partition_kind, groups, pair_ids, self.seed)
 
     def stages(self) -> list[Stage]:
@@ -224,8 +224,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         # A layout that this one has to give way to takes more.
         passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
         groups = [list(self.reports)] if self.partition_kind == "pooled" else self.groups
-        chunks = [[i for name in group for i in self.reports[name].train_ids] for group in groups]
-        pool = self.train_ids() if self.partition_kind == "random" else None
+        chunks = [[i for name in group for i in self.reports[name].chunk_ids] for group in groups]
+        pool = [i for ids in chunks for i in ids] if self.partition_kind == "random" else None
         return min(passes.fewest_batches(ids if pool is None else pool, len(ids)) for ids in chunks)
 
     def curriculum(self) -> dict[str, Any]:
@@ -258,8 +258,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         return self._passes(self.collator).loader(self.train_ids() + self.val_ids())
 
     def reference_ids(self, stage: Stage) -> list[int]:
-        """Ids of the stage's pairs and of all held-out pairs."""
-        return list(stage.pair_ids) + self.val_ids()
+        """Ids of the stage's pairs, each once, and of all held-out pairs."""
+        return list(dict.fromkeys(stage.pair_ids)) + self.val_ids()
 
     def ranking_ids(self) -> list[int]:
         """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
@@ -280,6 +280,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             limit=trainer.limit_train_batches,
+            weights={index: source.weight for index, source in enumerate(self.sources)},
         )
 
     @property

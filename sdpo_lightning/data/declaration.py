@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sdpo_lightning.data.messages import RESERVED
 from sdpo_lightning.data.presets import PRESETS
 from sdpo_lightning.data.rated import CANONICAL, VERDICTS, PairRule
 from sdpo_lightning.data.selection import Sample, is_condition, is_sample
@@ -69,6 +70,8 @@ class PreferenceSource:
         self.split = self.split or "train"
         _check_numbers(self, key)
         _check_columns(self.columns or {}, key)
+        if taken := sorted(RESERVED & set(self.chat_template_kwargs or {})):
+            raise ConfigurationError(f"{key}.chat_template_kwargs` has {taken}, expected variables of the template")
         for column, condition in (self.filter or {}).items():
             if not is_condition(condition):
                 raise ConfigurationError(

@@ -140,6 +140,7 @@ class StageLoader:
         max_batches: micro-batches after which the Trainer stops (`limit_train_batches`: an int is a number, a float
             a share); None is all.
         batch_tokens: most tokens that the model runs on in a micro-batch; a pair beyond it stands alone.
+        weights: place of a source -> weight of its pairs, 1 where it isn't given.
 
     Attributes:
         num_steps: optimizer steps of the pass.
@@ -156,6 +157,7 @@ class StageLoader:
         accumulate: int = 1,
         max_batches: float | None = None,
         batch_tokens: int | None = None,
+        weights: Mapping[int, float] | None = None,
     ) -> None:
         self._store = store
         self._collator = collator
@@ -163,6 +165,7 @@ class StageLoader:
         self._rank = rank
         self._world_size = world_size
         self._accumulate = accumulate
+        self._weights = {index: weight for index, weight in (weights or {}).items() if weight != 1}
         if batch_tokens is None:
             self._bounds = cut_by_pairs(len(pair_ids), batch_size).tolist()
         else:
@@ -194,16 +197,23 @@ class StageLoader:
     def _batch(self, position: int) -> PreferenceBatch:
         run = position * self._world_size + self._rank
         if run < len(self._bounds) - 1:
-            ids = list(self._pair_ids[self._bounds[run] : self._bounds[run + 1]])
-            weights = [1.0] * len(ids)
+            ids, real = list(self._pair_ids[self._bounds[run] : self._bounds[run + 1]]), 1.0
         else:
-            ids, weights = [self._pair_ids[-1]], [0.0]
+            ids, real = [self._pair_ids[-1]], 0.0
         window = self._accumulate * self._world_size
         begin = position // self._accumulate * window
         # Beyond `max_batches` none is used.
         end = max(begin, min(begin + window, self._runs_used))
-        step_pairs = max(1, self._bounds[end] - self._bounds[begin])
-        return self._collator(ids, self._store.get(ids), weights, step_pairs)
+        first, last = self._bounds[begin], self._bounds[end]
+        weights = [real * weight for weight in self._shares(ids, self._pair_ids[first:last])]
+        return self._collator(ids, self._store.get(ids), weights, max(1, last - first))
+
+    def _shares(self, ids: Sequence[int], step_ids: Sequence[int]) -> list[float]:
+        """Weights of some pairs of a step; over the whole step their mean is 1."""
+        if not self._weights or not step_ids:
+            return [1.0] * len(ids)
+        mean = sum(self._weights.get(i >> 40, 1.0) for i in step_ids) / len(step_ids)
+        return [self._weights.get(i >> 40, 1.0) / mean for i in ids]
 
     def state_dict(self) -> dict[str, int]:
         """Micro-batches taken so far; the same on every rank."""

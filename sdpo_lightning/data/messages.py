@@ -17,6 +17,11 @@ Spans = tuple[tuple[int, int], ...]
 
 # What chat templates may render beside role and content.
 FIELDS = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+# What `apply_chat_template` takes for itself, so that no variable of a template can have such a name.
+RESERVED = frozenset(
+    "chat_template conversation messages tools documents tokenize return_dict return_tensors add_generation_prompt "
+    "continue_final_message padding truncation max_length return_assistant_tokens_mask tokenizer_kwargs".split()
+)
 _SPEAKERS = {
     "human": "user",
     "user": "user",

@@ -62,14 +62,19 @@ class DataPlan:
         altered = _check_rows(state["rows"], self.rows, chunks, entered, self.flexible)
         if not altered and len(self.groups) == count:
             return chunks
-        train_ids = {name: report.train_ids for name, report in reports.items()}
+        train_ids = {name: report.chunk_ids for name, report in reports.items()}
         return renew_chunks(chunks, entered, self.groups, train_ids)
 
 
 def row_hashes(store: PairStore, report: SourceReport) -> Tensor:
-    """`[2, P]` int64: ids of a source's pairs, ascending, and a hash of each one's tokens and side of the split."""
+    """`[2, P]` int64: ids of a source's pairs, ascending, and a hash of each one's tokens and side of the split.
+
+    What training makes of a pair, `repeat` and `weight` of its source, is in the hash.
+    """
     found = []
-    for side, ids in ((b"train", report.train_ids), (b"val", report.val_ids)):
+    use = (report.repeat, report.weight)
+    train = b"train" + (b"" if use == (1, 1) else str(use).encode())
+    for side, ids in ((train, report.train_ids), (b"val", report.val_ids)):
         for start in range(0, len(ids), 1024):
             part = ids[start : start + 1024]
             for pair_id, pair in zip(part, store.get(part), strict=True):
@@ -109,7 +114,8 @@ def _check_rows(
             continue
         uses = (any(i >> 40 == pair_id >> 40 for i in chunk.pair_ids) for chunk in chunks)
         first = next((number for number, used in enumerate(uses, 1) if used), 1)
-        text = f"{ROWS} have changed: {name!r}, of stage {first}, first in row {row_number(pair_id)}"
+        where = f"{name!r}, of stage {first}, first in row {row_number(pair_id)}"
+        text = f"{ROWS}, or their `repeat` or `weight`, have changed: {where}"
         if first <= max(entered, 1) or not flexible:
             raise ResumeError(f"{text}, and stage {max(entered, 1)} has begun; restore the file or start a new run")
         log.warning("%s, which has not begun: it will train on the new rows", text)

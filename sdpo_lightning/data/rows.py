@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from sdpo_lightning.data.messages import BadRow, Message, Text, checked_string, from_json, text_of, to_json
+from sdpo_lightning.data.messages import RESERVED, BadRow, Message, Text, checked_string, from_json, text_of, to_json
 from sdpo_lightning.data.rated import (
     MOST_ANSWERS,
     VERDICTS,
@@ -197,7 +197,7 @@ def _extras(record: dict[str, Any], form: Form) -> str:
             value = from_json(value) if value.strip() else None
         if not value:  # some templates announce tools even where the list is empty
             continue
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or (kind is dict and RESERVED & value.keys()):
             raise BadRow("wrong_type")
         found[name] = value
     return to_json(found) if found else ""
