@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DPOLitModule": "module",
     "CurriculumDataModule": "data.datamodule",
-    "PreferenceSource": "data.sources",
+    "PreferenceSource": "data.declaration",
     "StageTransition": "callbacks",
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",

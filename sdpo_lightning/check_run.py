@@ -18,12 +18,14 @@ from sdpo_lightning.check_report import pair_lines, source_lines, stage_lines
 from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.sources import PreferenceSource, prompt_texts
+from sdpo_lightning.data.rows import row_number
+from sdpo_lightning.data.sources import prompt_texts
 from sdpo_lightning.data.stage_settings import read_stage_settings
 from sdpo_lightning.data.survey import survey
 from sdpo_lightning.estimate import GIB
@@ -206,8 +208,7 @@ def _describe(
     for report in reports:
         found += source_lines(report, store, report.dropped, report.marks)
         for pair_id, pair in zip(report.train_ids[:show], store.get(report.train_ids[:show]), strict=True):
-            row = (pair_id & ((1 << 40) - 1)) + 1
-            lines = pair_lines(tokenizer, f"source {report.name!r}, row {row}:", pair)
+            lines = pair_lines(tokenizer, f"source {report.name!r}, row {row_number(pair_id)}:", pair)
             found.append(Finding("info", "\n".join(lines)))
     found += survey(parts, reports, module.on_val_overlap)
     stages = _tried(found, lambda: _stages(config, module, reports, store))
@@ -233,7 +234,7 @@ def _stages(
     config: Config, module: CurriculumDataModule, reports: Sequence[SourceReport], store: PairStore
 ) -> list[Stage]:
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
-    ids = {report.name: report.train_ids for report in reports}
+    ids = {report.name: report.chunk_ids for report in reports}
     chunks = module.staging.cut(module.staging.groups, ids)
     passes = Passes(
         store,

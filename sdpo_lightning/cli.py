@@ -49,7 +49,7 @@ class CurriculumTrainer(pl.Trainer):
             What `curriculum.json` holds.
         """
         assert isinstance(datamodule, CurriculumDataModule)
-        datamodule.request_ranking()
+        datamodule.ranking_requested = True
         limit, self.limit_train_batches = self.limit_train_batches, 0
         self.fit(model, datamodule=datamodule)
         self.limit_train_batches = limit

@@ -82,7 +82,7 @@ def compare(stage: int, source: str, train: Tensor, held_out: Tensor) -> Finding
     if train[0] < 2 or held_out[0] < 2:
         return None
     (mean, error), (mean_out, error_out) = (_mean_and_error(group) for group in (train, held_out))
-    pairs = int(train[0]), int(held_out[0])
+    pairs = round(train[0].item()), round(held_out[0].item())
     return Finding(stage, source, mean, mean_out, math.hypot(error, error_out), pairs)
 
 
@@ -148,6 +148,9 @@ class ContaminationGuard(pl.Callback):
         for index in torch.unique(batch.pair_id[counted] >> 40).tolist():
             values = change[counted & (batch.pair_id >> 40 == index)]
             sums = torch.stack([torch.ones_like(values), values, values**2]).sum(1).cpu()
+            if kind == "train":
+                # A repeated pair tells no more than it does once.
+                sums /= pl_module.trainer.datamodule.sources[index].repeat
             self._sums[kind, index] = self._sums.get((kind, index), torch.zeros(3, dtype=torch.float64)) + sums
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

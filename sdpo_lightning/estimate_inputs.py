@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig
 
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.data.stage_settings import largest_batch, read_stage_settings
 from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
@@ -198,7 +198,8 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
     try:
         reports, store = _prepare(data, config["model"]["model_name_or_path"])
     except ConfigurationError as error:
-        if all(Path(source["path"]).exists() for source in data["sources"]) and "no tokenizer" not in str(error):
+        paths = [source.get("path") for source in data["sources"]]
+        if all(path and Path(path).exists() for path in paths) and "no tokenizer" not in str(error):
             raise
         load = _assumed(data, collator)
         stages = [StageLoad(name, None, load, load) for name in _staging(data).names()]
@@ -234,8 +235,8 @@ def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> lis
     """The chunks in the order of the sources; what a random cut takes is taken to be all."""
     names, groups = _staging(data).names(), _staging(data).groups
     if data["partition"] != "by_source":
-        return [Chunk(name, [i for report in reports.values() for i in report.train_ids]) for name in names]
-    ids = [[i for name in group for i in reports[name].train_ids] for group in groups]
+        return [Chunk(name, [i for report in reports.values() for i in report.chunk_ids]) for name in names]
+    ids = [[i for name in group for i in reports[name].chunk_ids] for group in groups]
     return [Chunk(name, part) for name, part in zip(names, ids, strict=True)]
 
 

@@ -51,7 +51,8 @@ class PreferenceBatch:
         sequence_index: `[N]` int64 in 0..2B-1.
         completion_lengths: `[2B]` int64, tokens that count in each completion.
         pair_id: `[B]` int64, unique over all sources.
-        weights: `[B]` float32; 0 marks a filler pair, which no loss and no metric counts.
+        weights: `[B]` float32, of the pairs in the mean over a step, where they add up to `step_pairs`; 0 marks a
+            filler pair, which no loss and no metric counts.
         step_pairs: real pairs of this optimizer step, over all ranks and micro-batches.
         num_tokens: real tokens that the model runs on.
         segments: of the packed row (R = 1); None for padded rows.

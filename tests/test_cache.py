@@ -133,7 +133,13 @@ def test_each_setting_and_each_byte_changes_the_key(tmp_path, tokenize):
     assert fingerprint(source, 0, PairTokenizer(tokenize.tokenizer, 12), "drop").key == keys[0]
     changes = {"name": "b", "split": "test", "columns": {"system": "s"}, "limit": 3, "val_path": None}
     changes["path"] = str(shutil.copy(source.path, tmp_path / "copy.jsonl"))
-    assert changes.keys() == vars(source).keys()
+    changes |= {"system_prompt": "s", "chat_template_kwargs": {"x": 1}, "filter": {"lang": "en"}, "sample": 0.5}
+    changes |= {"sample_seed": 1, "rated_pairs": "all", "min_gap": 1.0}
+    # How often and how heavily a pair counts is no matter of its ids, and a preset's settings are filled in.
+    same = {"repeat": 2, "weight": 2.0, "preset": "hh_rlhf"}
+    assert changes.keys() | same.keys() == vars(source).keys()
+    for key, value in same.items():
+        assert fingerprint(replace(source, **{key: value}), 0, tokenize, "drop").key == keys[0]
     keys += [fingerprint(replace(source, **{k: v}), 0, tokenize, "drop").key for k, v in changes.items()]
     keys.append(fingerprint(source, 1, tokenize, "drop").key)
     keys.append(fingerprint(source, 0, tokenize, "error").key)
@@ -144,7 +150,7 @@ def test_each_setting_and_each_byte_changes_the_key(tmp_path, tokenize):
         with Path(path).open("ab") as file:
             file.write(b"\n")
         keys.append(fingerprint(source, 0, tokenize, "drop").key)
-    assert len(set(keys)) == len(keys) == 14
+    assert len(set(keys)) == len(keys) == 21
 
 
 @given(data=st.data())

@@ -534,7 +534,7 @@ QUIRKS: dict[str, tuple[int, dict[str, int]] | str] = {
     "one_token_answers.jsonl.gz": (300, {}),
     # One speaker twice in a row, in the shared prompt (4) or in an answer (5).
     "prompt_mismatch.jsonl.gz": "9 wrong_roles",
-    "sharegpt_raw.jsonl.gz": "60 wrong_type",
+    "sharegpt_raw.jsonl.gz": (60, {}),
     "special_tokens_in_text.jsonl.gz": (39, {}),  # texts are whole here; tokenising has its own rules
     "ties_raw.jsonl.gz": "unknown column 'chosen', 'rejected'",
     "too_long.jsonl.gz": (34, {}),

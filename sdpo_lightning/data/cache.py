@@ -27,7 +27,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from sdpo_lightning.data import collate, records, rows
+from sdpo_lightning.data import collate, messages, rated, records, rows, selection, turns
 from sdpo_lightning.data import sources as reading
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.records import load_dataset, local_path
@@ -36,7 +36,7 @@ from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 2
+_SCHEMA = 3
 _CONTENT = "source.json"
 _WEEK = 7 * 86_400
 
@@ -77,9 +77,14 @@ def fingerprints(sources: Sequence[PreferenceSource], tokenize: PairTokenizer, o
     tokenizer, rules = _tokenizer_digest(tokenize.tokenizer), _rules_digest()
     common = {"max_length": tokenize.max_length, "on_bad_row": on_bad_row, "on_long_prompt": tokenize.on_long_prompt}
     return [
-        Fingerprint(data_digest(source), tokenizer, _digest(asdict(source) | common | {"index": index}), rules)
+        Fingerprint(data_digest(source), tokenizer, _digest(_settings(source) | common | {"index": index}), rules)
         for index, source in enumerate(sources)
     ]
+
+
+def _settings(source: PreferenceSource) -> dict[str, Any]:
+    """Those that decide the tokenised pairs; what a preset stands for is filled in."""
+    return {key: value for key, value in asdict(source).items() if key not in ("preset", "repeat", "weight")}
 
 
 def data_digest(source: PreferenceSource) -> str:
@@ -138,7 +143,8 @@ def _rules_digest() -> str:
     package = sys.modules[__name__.partition(".")[0]]
     versions = [_SCHEMA, package.__version__, transformers.__version__, tokenizers.__version__]
     # A rule that is changed between two versions must not find the rows of the old one.
-    return _digest([*versions, *(inspect.getsource(module) for module in (collate, records, rows, reading))])
+    modules = (collate, messages, rated, records, rows, selection, reading, turns)
+    return _digest([*versions, *(inspect.getsource(module) for module in modules)])
 
 
 def compare_nodes(names: Sequence[str], by_node: Mapping[int, Sequence[Fingerprint]]) -> None:

@@ -3,15 +3,17 @@
 Ids agree with TRL's on well-formed rows: a conversational row goes through the chat template twice (prompt
 with the generation prompt; whole dialogue), a string row is tokenised jointly with EOS appended to the
 completion if missing. The completion starts where the ids diverge, at the same place on both sides. Masks
-go by position, never by token id, so that pad == eos keeps a real EOS in the loss.
+go by position, never by token id, so that pad == eos keeps a real EOS in the loss. Unlike TRL, words of others
+within a completion aren't scored.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +21,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.data.batching import longer_side
+from sdpo_lightning.data.messages import Message, Spans, Text, strings_in
 from sdpo_lightning.data.packing import Completions, PackedRow
+from sdpo_lightning.data.turns import ChatTemplate, UnclearTurns, clipped, common_prefix, scored_tokens
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
-Text = str | list[dict[str, str]]
 Count = TypeVar("Count", int, np.ndarray)
 LongPromptRule = Literal["drop", "truncate_left", "error"]
-# What happened to a pair that is kept.
-Mark = Literal["prompt_cut", "completion_cut", "prompt_merged"]
 TOO_LONG = "prompt_too_long"
 
 
@@ -39,13 +40,24 @@ class TokenizedPair:
         chosen_ids: of the completion alone.
         rejected_ids: of the completion alone.
         marks: `prompt_cut` and `completion_cut` by truncation; `prompt_merged`: the prompt's own ids don't begin
-            those of prompt + completion, which starts where they part.
+            those of prompt + completion, which starts where they part; `unrendered_...`: the row holds something
+            that the chat template leaves out.
+        chosen_unscored: runs of places in `chosen_ids` that don't count, ascending.
+        rejected_unscored: of `rejected_ids`.
     """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    marks: tuple[Mark, ...] = field(default=(), compare=False)
+    marks: tuple[str, ...] = field(default=(), compare=False)
+    chosen_unscored: Spans = ()
+    rejected_unscored: Spans = ()
+
+    def text(self) -> str:
+        """All that a loss sees of the pair, for digests."""
+        ids = f"{self.prompt_ids}{self.chosen_ids}{self.rejected_ids}"
+        spans = (self.chosen_unscored, self.rejected_unscored)
+        return f"{ids}{spans}" if any(spans) else ids
 
 
 class PairTokenizer:
@@ -55,13 +67,18 @@ class PairTokenizer:
         tokenizer: a transformers tokenizer with an EOS token.
         max_length: most tokens of prompt + completion; a longer completion loses its end.
         on_long_prompt: what becomes of a prompt without room for a completion: see `data.on_long_prompt`.
+        variables: of the chat template, as `enable_thinking`.
 
     Raises:
         ConfigurationError: a tokenizer without EOS, or a `max_length` below 2.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, on_long_prompt: LongPromptRule = "drop"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        on_long_prompt: LongPromptRule = "drop",
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigurationError(
@@ -73,6 +90,7 @@ class PairTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.on_long_prompt: LongPromptRule = on_long_prompt
+        self.variables = dict(variables or {})
         added = tokenizer.added_tokens_decoder.values()
         self.special_texts = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
 
@@ -88,51 +106,61 @@ class PairTokenizer:
                 "model's tokenizer (`data.tokenizer`) or rows of plain strings"
             )
 
-    def __call__(self, prompt: Text, chosen: Text, rejected: Text) -> TokenizedPair | str:
+    def with_variables(self, variables: Mapping[str, Any] | None) -> PairTokenizer:
+        """The same with other variables of the chat template."""
+        return PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt, variables)
+
+    def unnamed_variables(self) -> list[str]:
+        """Variables that stand nowhere in the chat template, so that setting them does nothing."""
+        template = str(self.tokenizer.chat_template)  # of several templates all
+        return [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+    def __call__(self, prompt: Text, chosen: Text, rejected: Text, extras: str = "") -> TokenizedPair | str:
         """Ids of one row, or the reason why it is dropped: see `tokenize_pair`."""
-        return tokenize_pair(self, prompt, chosen, rejected)
+        return tokenize_pair(self, prompt, chosen, rejected, extras)
 
     def _holds_special(self, text: Text) -> bool:
-        parts = [text] if isinstance(text, str) else [message["content"] for message in text]
+        parts = [text] if isinstance(text, str) else [part for m in text for part in _strings_of(m)]
         return any(special in part for part in parts for special in self.special_texts)
 
     def _string_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        # A prompt that was rendered before has its BOS already.
+        return ids[1:] if ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids
 
     def _completed_ids(self, text: str) -> list[int]:
         ids = self._string_ids(text)
         # Some tokenizers append EOS themselves.
         return ids[:-1] if ids[-2:] == [self.tokenizer.eos_token_id] * 2 else ids
 
-    def _template_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
-            tokenizer_kwargs={"verbose": False},
-        )
-        return list(ids)
-
     def _with_eos(self, completion: str) -> str:
         eos = self.tokenizer.eos_token
         return completion if completion.endswith(eos) else completion + eos
 
 
-def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected: Text) -> TokenizedPair | str:
+def _strings_of(message: Message) -> Iterable[str]:
+    return (message["content"],) if len(message) == 2 else strings_in(list(message.values()))
+
+
+def tokenize_pair(
+    tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected: Text, extras: str = ""
+) -> TokenizedPair | str:
     """Tokenise and truncate one row.
 
     Args:
         tokenizer: tokenizer and length limit.
-        prompt: a string, or messages `{role, content}`.
+        prompt: a string, or messages `{role, content, ...}`.
         chosen: in the same form.
         rejected: in the same form.
+        extras: JSON of `tools` and `chat_template_kwargs` of a dialogue, or "".
 
     Returns:
         The ids, or a reason: `prompt_too_long` (the prompt alone reaches `max_length`), `empty_completion` (nothing
         left to score), `identical` (equal ids, perhaps after truncation only), `special_token_in_text` (the literal
-        text of a control token in an answer would end it), `refused_by_template` (roles that it doesn't take).
+        text of a control token in an answer would end it), `refused_by_template` (roles that it doesn't take),
+        `unclear_turns` (which ids are whose can't be told).
     """
+    spans, unrendered = ((), ()), ()
     if isinstance(prompt, str):
         eos = tokenizer.tokenizer.eos_token
         if any(tokenizer._holds_special(side.removesuffix(eos)) for side in (chosen, rejected)):
@@ -140,20 +168,30 @@ def tokenize_pair(tokenizer: PairTokenizer, prompt: Text, chosen: Text, rejected
         prompt_ids = tokenizer._string_ids(prompt)
         sides = [tokenizer._completed_ids(prompt + tokenizer._with_eos(side)) for side in (chosen, rejected)]
     else:
-        if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected)):
+        if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected, extras)):
             return "special_token_in_text"
         try:
-            prompt_ids = tokenizer._template_ids(prompt, True)
-            sides = [tokenizer._template_ids(prompt + side, False) for side in (chosen, rejected)]
-        except TemplateError:
+            template = ChatTemplate.of_row(tokenizer.tokenizer, tokenizer.variables, extras)
+            found = template.render(prompt, chosen, rejected)
+        except UnclearTurns:
+            return "unclear_turns"
+        except (TemplateError, TypeError):  # templates add texts to what may be null
             return "refused_by_template"
-    boundary = min(_common_prefix(prompt_ids, side) for side in sides)
+        prompt_ids, sides, spans, unrendered = found.prompt, found.sides, found.unscored, found.unrendered
+    boundary = min(common_prefix(prompt_ids, side) for side in sides)
     # Some tokenizers end every text, and so the prompt, with EOS.
     merged = boundary < len(prompt_ids) - (prompt_ids[-1:] == [tokenizer.tokenizer.eos_token_id])
-    return _truncate(tokenizer, sides, boundary, merged)
+    marks = ("prompt_merged",) * merged + tuple(f"unrendered_{name}" for name in unrendered)
+    return _truncate(tokenizer, sides, boundary, spans, marks)
 
 
-def _truncate(tokenizer: PairTokenizer, sides: Sequence[list[int]], boundary: int, merged: bool) -> TokenizedPair | str:
+def _truncate(
+    tokenizer: PairTokenizer,
+    sides: Sequence[list[int]],
+    boundary: int,
+    spans: Sequence[Spans],
+    marks: tuple[str, ...],
+) -> TokenizedPair | str:
     start, most = 0, tokenizer.max_length
     if tokenizer.on_long_prompt == "truncate_left":
         # Half of the length is the completions', if they need it.
@@ -161,22 +199,17 @@ def _truncate(tokenizer: PairTokenizer, sides: Sequence[list[int]], boundary: in
         start = max(0, boundary + room - most)
     elif boundary >= most:
         return TOO_LONG
-    chosen, rejected = (side[boundary : start + most] for side in sides)
+    end = start + most
+    chosen, rejected = (side[boundary:end] for side in sides)
+    unscored = [clipped(runs, boundary, end) for runs in spans]
     # Without a prompt token nothing predicts the first completion token.
-    if boundary == 0 or not chosen or not rejected:
+    if boundary == 0 or not all(map(scored_tokens, (chosen, rejected), unscored)):
         return "empty_completion"
     if chosen == rejected:
         return "identical"
-    cut = any(len(side) > start + most for side in sides)
-    found: dict[Mark, bool] = {"prompt_cut": start > 0, "completion_cut": cut, "prompt_merged": merged}
-    return TokenizedPair(sides[0][start:boundary], chosen, rejected, tuple(mark for mark in found if found[mark]))
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return min(len(left), len(right))
+    cut = any(len(side) > end for side in sides)
+    marks = ("prompt_cut",) * (start > 0) + ("completion_cut",) * cut + marks
+    return TokenizedPair(sides[0][start:boundary], chosen, rejected, marks, *unscored)
 
 
 class PreferenceCollator(ABC):
@@ -238,18 +271,19 @@ class PaddedCollator(PreferenceCollator):
         self, pair_ids: Sequence[int], pairs: Sequence[TokenizedPair], weights: Sequence[float], step_pairs: int
     ) -> PreferenceBatch:
         """Build a micro-batch; see `PreferenceCollator`."""
-        sides = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-        longest = max(len(prompt) + len(completion) for prompt, completion in sides)
+        sides = [(p.prompt_ids, p.chosen_ids, p.chosen_unscored) for p in pairs]
+        sides += [(p.prompt_ids, p.rejected_ids, p.rejected_unscored) for p in pairs]
+        longest = max(len(prompt) + len(completion) for prompt, completion, _ in sides)
         length = self.row_length(longest)
         input_ids = torch.full((len(sides), length), self.pad_token_id)
         attention_mask = torch.zeros(len(sides), length, dtype=torch.long)
         builder = Completions(2 * len(pairs))
-        for row, (prompt, completion) in enumerate(sides):
+        for row, (prompt, completion, unscored) in enumerate(sides):
             ids = torch.tensor(prompt + completion)
             input_ids[row, : len(ids)] = ids
             attention_mask[row, : len(ids)] = 1
             first = row * length + len(prompt)
-            builder.add(row, first - 1, first, completion)
+            builder.add(row, first - 1, first, completion, unscored)
         return PreferenceBatch(
             input_ids=input_ids,
             # A model with a table of positions may have none beyond the longest row.
@@ -293,8 +327,8 @@ class PackedCollator(PreferenceCollator):
 
     def add_pair(self, row: PackedRow, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append one pair, whose completions are the sequences `chosen` and `rejected`."""
-        row.add(chosen, pair.prompt_ids, pair.chosen_ids)
-        row.add(rejected, pair.prompt_ids, pair.rejected_ids)
+        row.add(chosen, pair.prompt_ids, pair.chosen_ids, pair.chosen_unscored)
+        row.add(rejected, pair.prompt_ids, pair.rejected_ids, pair.rejected_unscored)
 
 
 class SharedPrefixCollator(PackedCollator):
@@ -306,5 +340,5 @@ class SharedPrefixCollator(PackedCollator):
 
     def add_pair(self, row: PackedRow, chosen: int, rejected: int, pair: TokenizedPair) -> None:
         """Append prompt and chosen completion, then the rejected one, which attends to the same prompt."""
-        start = row.add(chosen, pair.prompt_ids, pair.chosen_ids)
-        row.add_behind(rejected, start, len(pair.prompt_ids), pair.rejected_ids)
+        start = row.add(chosen, pair.prompt_ids, pair.chosen_ids, pair.chosen_unscored)
+        row.add_behind(rejected, start, len(pair.prompt_ids), pair.rejected_ids, pair.rejected_unscored)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.ranking import order_of_length, rank_sources
-from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
 from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
@@ -118,7 +118,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
-        self._ranking_requested = False
+        # Score the sources even where the order doesn't depend on it.
+        self.ranking_requested = False
         self._row_hashes: dict[str, Tensor] | None = None
         self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
         self._layout_before: str | None = None
@@ -160,11 +161,7 @@ class CurriculumDataModule(pl.LightningDataModule):
     @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.staging.needs_ranking or self._ranking_requested
-
-    def request_ranking(self) -> None:
-        """Have the sources scored even where the order doesn't depend on it."""
-        self._ranking_requested = True
+        return self.staging.needs_ranking or self.ranking_requested
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
         """Score `[B]` of each pair, higher = easier; above 0 counts as right, NaN not at all. Override to redefine it.
@@ -193,8 +190,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
-        pair_ids = {name: report.train_ids for name, report in self.reports.items()}
-        return self.staging.cut(groups, pair_ids)
+        return self.staging.cut(groups, self._chunk_ids())
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -225,11 +221,11 @@ class CurriculumDataModule(pl.LightningDataModule):
         largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
         collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
         passes = self._passes(collator).under(largest)
-        partition = self.staging.partition
-        groups = [list(self.reports)] if partition == "pooled" else self.staging.groups
-        chunks = [[i for name in group for i in self.reports[name].train_ids] for group in groups]
-        pool = self.train_ids() if partition == "random" else None
-        return min(passes.fewest_batches(ids if pool is None else pool, len(ids)) for ids in chunks)
+        pools = self.staging.pools(self._chunk_ids())
+        return min(passes.fewest_batches(pool, size) for pool, size in pools)
+
+    def _chunk_ids(self) -> dict[str, list[int]]:
+        return {name: report.chunk_ids for name, report in self.reports.items()}
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
@@ -263,8 +259,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         return self._passes(self.collator).loader(self.train_ids() + self.val_ids())
 
     def reference_ids(self, stage: Stage) -> list[int]:
-        """Ids of the stage's pairs and of all held-out pairs."""
-        return list(stage.pair_ids) + self.val_ids()
+        """Ids of the stage's pairs, each once, and of all held-out pairs."""
+        return list(dict.fromkeys(stage.pair_ids)) + self.val_ids()
 
     def ranking_ids(self) -> list[int]:
         """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
@@ -285,6 +281,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             limit=trainer.limit_train_batches,
+            weights={index: source.weight for index, source in enumerate(self.sources)},
         )
 
     @property

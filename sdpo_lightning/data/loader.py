@@ -13,16 +13,19 @@ from datasets import Dataset, concatenate_datasets
 from sdpo_lightning.data.batching import bucket_order, cut_by_pairs, cut_by_tokens, longer_side
 from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
 from sdpo_lightning.data.curriculum import steps_per_epoch
+from sdpo_lightning.data.messages import Spans
 from sdpo_lightning.types import PreferenceBatch
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_SPANS = ("chosen_unscored", "rejected_unscored")
 
 
 class PairStore:
     """The tokenised pairs of all sources, found by pair id.
 
     Args:
-        datasets: with `pair_id` and the ids of prompt, chosen and rejected.
+        datasets: with `pair_id` and the ids of prompt, chosen and rejected; perhaps with what isn't scored of them, as
+            begin, end, begin, end, ...
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -31,7 +34,14 @@ class PairStore:
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
         columns = self._rows.with_format("arrow")
-        self._lengths = np.stack([pc.list_value_length(columns[name][:]).to_numpy().astype(np.int64) for name in _IDS])
+
+        def lengths_of(name: str) -> np.ndarray:
+            return pc.list_value_length(columns[name][:]).to_numpy().astype(np.int64)
+
+        self._lengths = np.stack([lengths_of(name) for name in _IDS])
+        # Most sources have no words of others within their completions.
+        has_spans = all(name in self._rows.column_names for name in _SPANS)
+        self._has_spans = has_spans and any(lengths_of(name).any() for name in _SPANS)
 
     def _row_numbers(self, pair_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(pair_ids, dtype=np.int64)
@@ -46,7 +56,11 @@ class PairStore:
     def get(self, pair_ids: Sequence[int]) -> list[TokenizedPair]:
         """The pairs of the given ids, in that order."""
         rows = self._rows[self._row_numbers(pair_ids).tolist()]
-        return [TokenizedPair(*ids) for ids in zip(*(rows[name] for name in _IDS), strict=True)]
+        ids = zip(*(rows[name] for name in _IDS), strict=True)
+        if not self._has_spans:
+            return [TokenizedPair(*three) for three in ids]
+        spans = zip(*(map(_pairs_of, rows[name]) for name in _SPANS), strict=True)
+        return [TokenizedPair(*three, (), *two) for three, two in zip(ids, spans, strict=True)]
 
     def digest(self, pair_ids: Sequence[int]) -> str:
         """sha256 over the tokenised rows in order."""
@@ -54,8 +68,12 @@ class PairStore:
         for start in range(0, len(pair_ids), 1024):
             part = pair_ids[start : start + 1024]
             for pair_id, pair in zip(part, self.get(part), strict=True):
-                digest.update(f"{pair_id}:{pair.prompt_ids}{pair.chosen_ids}{pair.rejected_ids}".encode())
+                digest.update(f"{pair_id}:{pair.text()}".encode())
         return digest.hexdigest()
+
+
+def _pairs_of(bounds: list[int]) -> Spans:
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
 
 
 def epoch_order(pair_ids: Sequence[int], seed: int, stage_name: str, epoch: int) -> list[int]:
@@ -122,6 +140,7 @@ class StageLoader:
         max_batches: micro-batches after which the Trainer stops (`limit_train_batches`: an int is a number, a float
             a share); None is all.
         batch_tokens: most tokens that the model runs on in a micro-batch; a pair beyond it stands alone.
+        weights: place of a source -> weight of its pairs, 1 where it isn't given.
 
     Attributes:
         num_steps: optimizer steps of the pass.
@@ -138,6 +157,7 @@ class StageLoader:
         accumulate: int = 1,
         max_batches: float | None = None,
         batch_tokens: int | None = None,
+        weights: Mapping[int, float] | None = None,
     ) -> None:
         self._store = store
         self._collator = collator
@@ -145,6 +165,7 @@ class StageLoader:
         self._rank = rank
         self._world_size = world_size
         self._accumulate = accumulate
+        self._weights = {index: weight for index, weight in (weights or {}).items() if weight != 1}
         if batch_tokens is None:
             self._bounds = cut_by_pairs(len(pair_ids), batch_size).tolist()
         else:
@@ -176,16 +197,23 @@ class StageLoader:
     def _batch(self, position: int) -> PreferenceBatch:
         run = position * self._world_size + self._rank
         if run < len(self._bounds) - 1:
-            ids = list(self._pair_ids[self._bounds[run] : self._bounds[run + 1]])
-            weights = [1.0] * len(ids)
+            ids, real = list(self._pair_ids[self._bounds[run] : self._bounds[run + 1]]), 1.0
         else:
-            ids, weights = [self._pair_ids[-1]], [0.0]
+            ids, real = [self._pair_ids[-1]], 0.0
         window = self._accumulate * self._world_size
         begin = position // self._accumulate * window
         # Beyond `max_batches` none is used.
         end = max(begin, min(begin + window, self._runs_used))
-        step_pairs = max(1, self._bounds[end] - self._bounds[begin])
-        return self._collator(ids, self._store.get(ids), weights, step_pairs)
+        first, last = self._bounds[begin], self._bounds[end]
+        weights = [real * weight for weight in self._shares(ids, self._pair_ids[first:last])]
+        return self._collator(ids, self._store.get(ids), weights, max(1, last - first))
+
+    def _shares(self, ids: Sequence[int], step_ids: Sequence[int]) -> list[float]:
+        """Weights of some pairs of a step; over the whole step their mean is 1."""
+        if not self._weights or not step_ids:
+            return [1.0] * len(ids)
+        mean = sum(self._weights.get(i >> 40, 1.0) for i in step_ids) / len(step_ids)
+        return [self._weights.get(i >> 40, 1.0) / mean for i in ids]
 
     def state_dict(self) -> dict[str, int]:
         """Micro-batches taken so far; the same on every rank."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdpo_lightning.data.messages import Spans
+
 
 class Completions:
     """Which position predicts which token of which sequence."""
@@ -15,12 +17,17 @@ class Completions:
         self._sequences: list[int] = []
         self._lengths = [0] * sequences
 
-    def add(self, sequence: int, predictor: int, first: int, completion: list[int]) -> None:
-        """A completion that stands at `first`, its first token predicted from `predictor`."""
-        self._sources += [predictor, *range(first, first + len(completion) - 1)]
-        self._targets += completion
-        self._sequences += [sequence] * len(completion)
-        self._lengths[sequence] = len(completion)
+    def add(self, sequence: int, predictor: int, first: int, completion: list[int], unscored: Spans = ()) -> None:
+        """What counts of a completion that stands at `first`, its first token predicted from `predictor`."""
+        sources, targets = [predictor, *range(first, first + len(completion) - 1)], completion
+        if unscored:
+            left_out = {place for begin, end in unscored for place in range(begin, end)}
+            kept = [place for place in range(len(completion)) if place not in left_out]
+            sources, targets = [sources[place] for place in kept], [completion[place] for place in kept]
+        self._sources += sources
+        self._targets += targets
+        self._sequences += [sequence] * len(targets)
+        self._lengths[sequence] = len(targets)
 
     def tensors(self) -> dict[str, Tensor]:
         """Fields of `PreferenceBatch`."""
@@ -41,24 +48,26 @@ class PackedRow:
         self.segments: list[tuple[int, int, int, int]] = []
         self.completions = Completions(2 * pairs)
 
-    def add(self, sequence: int, prompt: list[int], completion: list[int]) -> int:
+    def add(self, sequence: int, prompt: list[int], completion: list[int], unscored: Spans = ()) -> int:
         """Prompt and completion as a segment of their own; returns where it starts."""
         start = len(self.ids)
         self.ids += prompt + completion
         self.positions += range(len(prompt) + len(completion))
         self.segments.append((start, len(self.ids), start, start))
         first = start + len(prompt)
-        self.completions.add(sequence, first - 1, first, completion)
+        self.completions.add(sequence, first - 1, first, completion, unscored)
         return start
 
-    def add_behind(self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int]) -> None:
+    def add_behind(
+        self, sequence: int, prompt_start: int, prompt_length: int, completion: list[int], unscored: Spans = ()
+    ) -> None:
         """A completion behind a prompt that stands earlier in the row."""
         start = len(self.ids)
         self.ids += completion
         self.positions += range(prompt_length, prompt_length + len(completion))
         prompt_end = prompt_start + prompt_length
         self.segments.append((start, len(self.ids), prompt_start, prompt_end))
-        self.completions.add(sequence, prompt_end - 1, start, completion)
+        self.completions.add(sequence, prompt_end - 1, start, completion, unscored)
 
     def fill(self, length: int, pad_token_id: int) -> None:
         """Round the row up by a segment of its own, which no completion sees."""

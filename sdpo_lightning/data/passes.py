@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Passes:
         world_size: processes.
         accumulate: `trainer.accumulate_grad_batches`.
         limit: `trainer.limit_train_batches`; an int is a number, a float a share.
+        weights: place of a source -> weight of its pairs in training.
     """
 
     store: PairStore
@@ -80,6 +81,7 @@ class Passes:
     world_size: int
     accumulate: int
     limit: float
+    weights: Mapping[int, float] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on."""
@@ -115,7 +117,7 @@ class Passes:
             chunk: names the pass and has its pairs.
             epoch: within the stage.
         """
-        return self._loader(self._epoch_ids(chunk, epoch), self.accumulate, self.limit)
+        return self._loader(self._epoch_ids(chunk, epoch), self.accumulate, self.limit, self.weights)
 
     def epoch_steps(self, chunk: Chunk, epochs: int) -> list[int]:
         """Optimizer steps of each pass: with `batch_tokens` they depend on the order of the pairs.
@@ -178,7 +180,9 @@ class Passes:
         at_once, window = settings.batch_size * self.world_size, self.accumulate * settings.bucket_window
         return bucketed_order(self.store, chunk.pair_ids, at_once, window, settings.seed, chunk.name, epoch)
 
-    def _loader(self, ids: Sequence[int], accumulate: int, limit: float | None) -> StageLoader:
+    def _loader(
+        self, ids: Sequence[int], accumulate: int, limit: float | None, weights: Mapping[int, float] | None = None
+    ) -> StageLoader:
         return StageLoader(
             self.store,
             self.collator,
@@ -189,6 +193,7 @@ class Passes:
             accumulate=accumulate,
             max_batches=limit,
             batch_tokens=self.batching.batch_tokens,
+            weights=weights,
         )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdpo_lightning.data.curriculum import chunks_by_source, compare_plans
 from sdpo_lightning.data.loader import PairStore
-from sdpo_lightning.data.prepare import SourceReport, row_number
+from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.rows import row_number
 from sdpo_lightning.loop_progress import with_step_pairs
 from sdpo_lightning.types import Chunk, ResumeError
 
@@ -63,19 +64,23 @@ class DataPlan:
         altered = _check_rows(state["rows"], self.rows, chunks, entered, self.flexible)
         if not altered and len(self.groups) == count:
             return chunks
-        train_ids = {name: report.train_ids for name, report in reports.items()}
+        train_ids = {name: report.chunk_ids for name, report in reports.items()}
         return renew_chunks(chunks, entered, self.groups, train_ids)
 
 
 def row_hashes(store: PairStore, report: SourceReport) -> Tensor:
-    """`[2, P]` int64: ids of a source's pairs, ascending, and a hash of each one's tokens and side of the split."""
+    """`[2, P]` int64: ids of a source's pairs, ascending, and a hash of each one's tokens and side of the split.
+
+    What training makes of a pair, `repeat` and `weight` of its source, is in the hash.
+    """
     found = []
-    for side, ids in ((b"train", report.train_ids), (b"val", report.val_ids)):
+    use = (report.repeat, report.weight)
+    train = b"train" + (b"" if use == (1, 1) else str(use).encode())
+    for side, ids in ((train, report.train_ids), (b"val", report.val_ids)):
         for start in range(0, len(ids), 1024):
             part = ids[start : start + 1024]
             for pair_id, pair in zip(part, store.get(part), strict=True):
-                text = f"{pair.prompt_ids}{pair.chosen_ids}{pair.rejected_ids}".encode()
-                digest = hashlib.sha256(side + text).digest()
+                digest = hashlib.sha256(side + pair.text().encode()).digest()
                 found.append((pair_id, int.from_bytes(digest[:8], "little", signed=True)))
     return torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 2).T.contiguous()
 
@@ -111,7 +116,8 @@ def _check_rows(
             continue
         uses = (any(i >> 40 == pair_id >> 40 for i in chunk.pair_ids) for chunk in chunks)
         first = next((number for number, used in enumerate(uses, 1) if used), 1)
-        text = f"{ROWS} have changed: {name!r}, of stage {first}, first in row {row_number(pair_id)}"
+        where = f"{name!r}, of stage {first}, first in row {row_number(pair_id)}"
+        text = f"{ROWS}, or their `repeat` or `weight`, have changed: {where}"
         if first <= max(entered, 1) or not flexible:
             raise ResumeError(f"{text}, and stage {max(entered, 1)} has begun; restore the file or start a new run")
         log.warning("%s, which has not begun: it will train on the new rows", text)

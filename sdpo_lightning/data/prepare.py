@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sdpo_lightning.data.cache import Fingerprint, cached_folder, compare_nodes, data_digest, fingerprints, read_content
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.curriculum import split_by_prompt
-from sdpo_lightning.data.sources import VAL_FIRST_ROW, Note, PreferenceSource, read_source
+from sdpo_lightning.data.declaration import PreferenceSource
+from sdpo_lightning.data.rows import VAL_FIRST_ROW, row_number
+from sdpo_lightning.data.sources import Note, read_source
 from sdpo_lightning.data.tokenizing import Tokenized, processes, tokenize_rows
 from sdpo_lightning.ranks import side_by_side, together
 from sdpo_lightning.types import ConfigurationError
@@ -33,6 +35,9 @@ class SourceReport:
     val_pairs: int
     dropped: dict[str, int]
     marks: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    repeat: int = 1
+    weight: float = 1.0
     reward_accuracy: float | None = None
     standard_error: float | None = None
     mean_logps_accuracy: float | None = None
@@ -48,6 +53,11 @@ class SourceReport:
     def row(self) -> dict[str, Any]:
         """What `curriculum.json` says of the source."""
         return {key: value for key, value in vars(self).items() if key not in ("train_ids", "val_ids", "prompt_keys")}
+
+    @property
+    def chunk_ids(self) -> list[int]:
+        """The training pairs as often as they are trained on in a pass."""
+        return self.train_ids * self.repeat
 
     def scores(self) -> dict[str, float | None]:
         """The figures of the ranking, for a checkpoint."""
@@ -73,11 +83,6 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"no tokenizer at {name_or_path!r}; set `data.tokenizer` or `model.model_name_or_path`: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def row_number(pair_id: int) -> int:
-    """The row, counted from 1, of its file."""
-    return (pair_id & (VAL_FIRST_ROW - 1)) + 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,9 @@ def prepare_sources(
     found = together((lambda: (how.node_rank, _folders(sources, keys, how))) if leads else None)
     folders = dict(item for item in found if item is not None)[how.node_rank]
     loaded = side_by_side(lambda: [_load(folder) for folder in folders])
+    for source, (report, _) in zip(sources, loaded, strict=True):
+        # No part of the key of the cache: the tokenised pairs are the same.
+        report.repeat, report.weight = source.repeat, source.weight
     return [report for report, _ in loaded], [part for _, parts in loaded for part in parts]
 
 
@@ -171,14 +179,16 @@ def build_source(index: int, source: PreferenceSource, how: Preparation, folder:
     Raises:
         ConfigurationError: a file that can't be read, or no pairs left.
     """
-    train, dropped, notes = _build_part(index, source, None, how, folder / "train")
-    content = {"name": source.name, "dropped": dropped, "marks": train.marks, "notes": notes, "parts": [_names(train)]}
+    train, dropped, left_out, notes = _build_part(index, source, None, how, folder / "train")
+    content = {"name": source.name, "dropped": dropped, "marks": train.marks, "left_out": left_out}
+    content |= {"notes": notes, "parts": [_names(train)]}
     if source.val_path is None:
         return content
-    val, val_dropped, val_notes = _build_part(index, source, source.val_path, how, folder / "val")
+    val, val_dropped, val_left_out, val_notes = _build_part(index, source, source.val_path, how, folder / "val")
     content["parts"].append(_names(val))
     content["dropped"] |= {f"val_{reason}": count for reason, count in val_dropped.items()}
     content["marks"] |= {f"val_{mark}": count for mark, count in val.marks.items()}
+    content["left_out"] |= {f"val_{key}": count for key, count in val_left_out.items()}
     content["notes"] += val_notes
     return content
 
@@ -188,7 +198,7 @@ def _load(folder: Path) -> tuple[SourceReport, list[Dataset]]:
     for level, text in content["notes"]:
         log.log(level, "%s", text)
     parts = [_join([folder / name for name in names]) for names in content["parts"]]
-    report = SourceReport(content["name"], len(parts[0]), 0, content["dropped"], content["marks"])
+    report = SourceReport(content["name"], len(parts[0]), 0, content["dropped"], content["marks"], content["left_out"])
     report.train_ids, report.prompt_keys = _column(parts[0], "pair_id").tolist(), _column(parts[0], "prompt_key")
     if len(parts) == 2:
         report.val_ids, report.val_pairs = _column(parts[1], "pair_id").tolist(), len(parts[1])
@@ -233,15 +243,16 @@ def hold_out(reports: Sequence[SourceReport], fraction: float, seed: int) -> Non
 
 def _build_part(
     index: int, source: PreferenceSource, val_path: str | None, how: Preparation, out: Path
-) -> tuple[Tokenized, dict[str, int], list[Note]]:
-    """The pairs of `source.path` or of `source.val_path`, the dropped rows by reason, and lines for the log."""
+) -> tuple[Tokenized, dict[str, int], dict[str, int], list[Note]]:
+    """The pairs of `source.path` or `source.val_path`, rows dropped by reason, rows left out, lines for the log."""
     rows = out.with_suffix(".rows")
     loaded = read_source(source, index, val_path, how.on_bad_row, VAL_FIRST_ROW if val_path else 0, rows)
+    tokenize = how.tokenize.with_variables(source.chat_template_kwargs)
     if loaded.conversational:
-        how.tokenize.check_template(source.name)
+        tokenize.check_template(source.name)
     count = processes(how.num_proc, len(loaded.rows), how.local_ranks)
     strict = how.on_bad_row == "error"
-    done = tokenize_rows(rows, len(loaded.rows), how.tokenize, strict, count, out, source.name)
+    done = tokenize_rows(rows, len(loaded.rows), tokenize, strict, count, out, source.name)
     rows.unlink()
     if done.bad is not None:
         number, rule = row_number(done.bad[0]), "on_bad_row" if strict else "on_long_prompt"
@@ -254,14 +265,19 @@ def _build_part(
             f"({_listed(total)}); change `data.max_length` or `data.sources`"
         )
     notes = list(loaded.notes)
+    if loaded.conversational and (unnamed := tokenize.unnamed_variables()):
+        text = f"the chat template doesn't name {', '.join(unnamed)}; see `data.sources[{source.name}]"
+        notes.append((logging.WARNING, f"source {source.name!r}: {text}.chat_template_kwargs`"))
     if done.dropped:
         lost = sum(done.dropped.values())
         level = logging.WARNING if lost > 0.01 * loaded.total else logging.INFO
         text = f"source {source.name!r}: {lost} of {loaded.total} pairs dropped: {_listed(done.dropped)}"
         notes.append((level, text))
-    if done.marks:
-        notes.append((logging.INFO, f"source {source.name!r}: of {done.pairs} pairs {_listed(done.marks)}"))
-    return done, total, notes
+    lost_fields = {mark: count for mark, count in done.marks.items() if mark.startswith("unrendered_")}
+    for level, marks in ((logging.INFO, done.marks), (logging.WARNING, lost_fields)):
+        if marks:
+            notes.append((level, f"source {source.name!r}: of {done.pairs} pairs {_listed(marks)}"))
+    return done, total, loaded.left_out, notes
 
 
 def _listed(dropped: Mapping[str, int]) -> str:

@@ -1,83 +1,52 @@
 """Rank 2: a file, a folder or a hub set -> canonical preference rows, bad rows counted by reason.
 
-The walk: read the needed columns of the first `limit` rows -> bring each row into one form or find why it can't
-be -> Arrow, a chunk at a time -> check that the columns exist. A bad row is dropped, a bad file is refused.
+The walk: read the needed columns of the first `limit` rows -> leave out what `filter` doesn't want -> bring each row
+into one form or find why it can't be -> Arrow, a chunk at a time -> check that the columns exist -> draw the `sample`.
+A bad row is dropped, a bad file is refused.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import datasets
 
+from sdpo_lightning.data.declaration import PreferenceSource
+from sdpo_lightning.data.messages import BadRow, is_plain, pack
+from sdpo_lightning.data.rated import CANONICAL
 from sdpo_lightning.data.records import Origin, Table, open_table
-from sdpo_lightning.data.rows import CANONICAL, BadRow, Pair, canonical_pair
-from sdpo_lightning.data.tables import TableWriter
+from sdpo_lightning.data.rows import Form, Row, canonical_rows, pair_id_of, row_number
+from sdpo_lightning.data.selection import Condition, passes, sampled
+from sdpo_lightning.data.tables import TableWriter, copy_rows
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
 Note = tuple[int, str]  # level and text of a log line
 
-# Held-out files count their rows from here, so that their ids never meet those of the training file.
-VAL_FIRST_ROW = 1 << 39
-
-
-@dataclass
-class PreferenceSource:
-    """One named preference data set.
-
-    Raises:
-        ConfigurationError: a name that can't be a folder's, a limit below 1, an unknown key in `columns`.
-    """
-
-    name: str
-    """Names the stage and its folder: letters, digits, '.', '_' and '-', no leading '.'."""
-    path: str
-    """A .jsonl, .jsonl.gz or .parquet file, a `save_to_disk` folder, or the name of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set or of a saved `DatasetDict`; files have none."""
-    columns: dict[str, str] | None = None
-    """prompt, chosen, rejected, system -> column of the file; `system` is read only if it stands here."""
-    limit: int | None = None
-    """Only the first N rows of the file (`path`, `val_path`), counted before any row is dropped."""
-    val_path: str | None = None
-    """Held-out pairs, in the same form and columns as `path`."""
-
-    def __post_init__(self) -> None:
-        key = f"`data.sources[{self.name}]"
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
-            raise ConfigurationError(
-                f"`data.sources` holds the name {self.name!r}, expected letters, digits, '.', '_' and '-' "
-                "without a leading '.': it becomes a folder's name"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigurationError(f"{key}.limit` is {self.limit}, expected at least 1 or null")
-        if unknown := sorted(set(self.columns or {}) - set(CANONICAL)):
-            raise ConfigurationError(f"{key}.columns` names {unknown}, known are {list(CANONICAL)}")
-
-
 @dataclass
 class SourceRows:
     """The rows of one source that can be trained on, and what became of the others."""
 
     rows: datasets.Dataset
-    """`pair_id` (int64), `prompt`, `chosen`, `rejected`: all strings, or all lists of `{role, content}`."""
+    """`pair_id` (int64), `prompt`, `chosen`, `rejected`: all strings, or all lists of `{role, content}`. Where any
+    message or row has more: packed messages (`messages.pack`) and a column `extras`."""
     dropped: dict[str, int]
     """Reason -> number of rows dropped for it."""
     examples: dict[str, list[str]]
     """Reason -> the first three such rows as `file:number`, from 1 (of a text file the line's number)."""
     total: int
-    """Rows read, the dropped ones included."""
+    """Rows read, the dropped ones included; of rated lists pairs."""
     conversational: bool
     """Whether the rows are lists of messages."""
     notes: list[Note]
-    """What the log is to say of the dropped rows."""
+    """What the log is to say of the rows that are not used."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """`filter` and `sample` -> rows or pairs that the user didn't want."""
 
 
 def prompt_texts(source: PreferenceSource, source_index: int = 0) -> Iterator[tuple[int, list[str]]]:
@@ -92,7 +61,7 @@ def prompt_texts(source: PreferenceSource, source_index: int = 0) -> Iterator[tu
         part = rows[start : start + 1000]
         for pair_id, prompt in zip(part["pair_id"], part["prompt"], strict=True):
             texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-            yield (pair_id & (VAL_FIRST_ROW - 1)) + 1, texts
+            yield row_number(pair_id), texts
 
 
 def load_source(
@@ -146,27 +115,59 @@ def read_source(
     Raises:
         ConfigurationError: as for `load_source`.
     """
-    origin = origin_of(source, path)
-    columns = {name: name for name in CANONICAL[:3]} | (source.columns or {})
-    table = open_table(origin, set(columns.values()))
-    kept = _convert(table, columns, source_index << 40 | first_row, into)
+    origin, form = origin_of(source, path), form_of(source)
+    table = open_table(origin, form.wanted() | set(source.filter or {}))
+    draws = source.sample is not None and path is None
+    everything = into.with_suffix(".all") if into is not None and draws else into
+    kept = _Conversion(table, form, source.filter or {}, source_index << 40 | first_row).run(everything)
     if not kept.total:
-        raise origin.error("is empty (0 rows)", "expected one preference pair a row")
-    _check_columns(origin, columns, source.columns or {}, list(table.found))
+        _check_columns(origin, form, source, list(table.found))
+        if not kept.filtered:
+            raise origin.error("is empty (0 rows)", "expected one preference pair a row")
+        raise origin.error(f"has no row that passes, of {kept.filtered}", "expected some", key="filter")
+    _check_columns(origin, form, source, list(table.found))
     if on_bad_row == "error" and kept.dropped:
         reason, (number, *_) = min(kept.places.items(), key=lambda item: item[1])
         at = f"has a bad row at {origin.path}:{number}: {reason}"
         raise origin.error(at, "`data.on_bad_row: error` allows none")
-    notes = _notes(origin, kept)
+    notes, left_out = _notes(origin, kept), {}
     examples = {reason: [f"{origin.path}:{n}" for n in numbers] for reason, numbers in kept.places.items()}
     assert kept.writer is not None, "a source without rows is refused above"
-    return SourceRows(kept.writer.finish(), kept.dropped, examples, kept.total, kept.conversational, notes)
+    rows = kept.writer.finish()
+    if kept.filtered:
+        left_out["filter"] = kept.filtered
+    if draws:
+        whole, count = rows, len(rows)
+        rows = copy_rows(whole, sampled(count, source.sample, source.sample_seed), into)
+        left_out["sample"] = count - len(rows)
+        if everything is not None:
+            del whole
+            everything.unlink()
+        notes += _sample_notes(origin, source, count)
+    if left_out:
+        text = ", ".join(f"{count} by `{key}`" for key, count in left_out.items())
+        notes.append((logging.INFO, f"source {origin.name!r}: left out {text}"))
+    return SourceRows(rows, kept.dropped, examples, kept.total, kept.conversational, notes, left_out)
+
+
+def form_of(source: PreferenceSource) -> Form:
+    """How the pairs of a source stand in its rows."""
+    return Form(source.columns or {}, source.system_prompt, source.rated_pairs, source.min_gap)
+
+
+def _sample_notes(origin: Origin, source: PreferenceSource, count: int) -> list[Note]:
+    if not isinstance(source.sample, int) or source.sample <= count:
+        return []
+    found = f"{origin.setting('sample')} is {source.sample}, but there are {count} pairs: all are taken"
+    return [(logging.WARNING, f"source {origin.name!r}: {found}")]
 
 
 def origin_of(source: PreferenceSource, path: str | None = None) -> Origin:
     """Where the rows of `source.path` come from, or those of `path` in its place."""
     key = "path" if path is None else "val_path"
-    return Origin(source.name, path or source.path, key, source.split, source.limit)
+    where, split = path or source.path, source.split
+    assert where is not None and split is not None, "a source fills them in when it is made"
+    return Origin(source.name, where, key, split, source.limit)
 
 
 def _notes(origin: Origin, kept: _Kept) -> list[Note]:
@@ -187,26 +188,45 @@ def _notes(origin: Origin, kept: _Kept) -> list[Note]:
 class _Kept:
     """Good rows on their way into Arrow, bad ones counted by reason."""
 
-    def __init__(self, into: Path | None) -> None:
+    def __init__(self, into: Path | None, packed: bool) -> None:
         self._into = into
+        self.packed = packed
         self.writer: TableWriter | None = None
         self.conversational = False
         self.total = 0
+        self.filtered = 0
         self.dropped: dict[str, int] = {}
         self.places: dict[str, list[int]] = {}
 
-    def add(self, pair_id: int, pair: Pair) -> None:
-        """Keep a row; the first one decides the form."""
-        conversational = not isinstance(pair[0], str)
-        if self.writer is None:
-            self.conversational = conversational
-            string = datasets.Value("string")
-            text = [{"role": string, "content": string}] if conversational else string
-            features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], text)
-            self.writer = TableWriter(datasets.Features(features), self._into)
-        elif conversational != self.conversational:
+    def add(self, pair_id: int, row: Row) -> None:
+        """Keep a row; the first one decides the form.
+
+        Raises:
+            BadRow: it has the other one.
+            _NeedsPacking: its messages have more than the columns hold.
+        """
+        conversational = not isinstance(row.prompt, str)
+        if self.writer is not None and conversational != self.conversational:
             raise BadRow("other_form")
-        self.writer.add((pair_id, *pair))
+        texts = (row.prompt, row.chosen, row.rejected)
+        if self.packed and conversational:
+            texts = tuple(map(pack, texts))
+        elif row.extras or not all(map(is_plain, texts)):
+            raise _NeedsPacking
+        if self.writer is None:
+            self._open(conversational)
+        assert self.writer is not None
+        self.writer.add((pair_id, *texts, row.extras) if self.packed else (pair_id, *texts))
+
+    def _open(self, conversational: bool) -> None:
+        self.conversational = conversational
+        string = datasets.Value("string")
+        keys = ("role", "content", "fields") if self.packed else ("role", "content")
+        text = [dict.fromkeys(keys, string)] if conversational else string
+        features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], text)
+        if self.packed:
+            features["extras"] = string
+        self.writer = TableWriter(datasets.Features(features), self._into)
 
     def drop(self, reason: str, number: int) -> None:
         """Count a row; the first three places are kept."""
@@ -216,33 +236,71 @@ class _Kept:
             places.append(number)
 
 
-def _convert(table: Table, columns: dict[str, str], first_id: int, into: Path | None) -> _Kept:
-    """All rows in canonical form."""
-    explicit, again = False, True
-    while again:
-        kept, again = _Kept(into), False
-        for row, (number, record) in enumerate(table.records()):
-            if not explicit and columns["prompt"] in table.found:
-                # A prompt in any row makes it a column of all: the rows before this one were read without.
-                explicit, again = True, row > 0
-                if again:
-                    break
-            kept.total += 1
+class _NeedsPacking(Exception):
+    """A row with more than role and content, after rows without."""
+
+
+@dataclass
+class _Conversion:
+    """All rows of a table in canonical form. What a late row shows of all of them makes it begin again."""
+
+    table: Table
+    form: Form
+    filter: Mapping[str, Condition]
+    first_id: int
+    explicit: bool = False
+    packed: bool = False
+
+    def run(self, into: Path | None) -> _Kept:
+        """Convert.
+
+        Args:
+            into: file for the rows; None keeps them in memory.
+        """
+        while True:
+            kept = _Kept(into, self.packed)
             try:
-                kept.add(first_id + row, canonical_pair(record, columns, explicit))
+                if self._fill(kept):
+                    return kept
+            except _NeedsPacking:
+                self.packed = True
+            if kept.writer is not None:
+                kept.writer.close()
+
+    def _fill(self, kept: _Kept) -> bool:
+        for row, (number, record) in enumerate(self.table.records()):
+            if not self.explicit and any(name in self.table.found for name in self.form.prompts):
+                # A prompt in any row makes it a column of all: the rows before this one were read without.
+                self.explicit = True
+                if row > 0:
+                    return False
+            if self.filter and isinstance(record, dict) and not passes(record, self.filter):
+                kept.filtered += 1
+                continue
+            try:
+                pairs = canonical_rows(record, self.form, self.explicit)
             except BadRow as bad:
-                kept.drop(str(bad), number)
-        if again and kept.writer is not None:
-            kept.writer.close()
-    return kept
+                pairs = [str(bad)]
+            for pair in pairs:
+                kept.total += 1
+                try:
+                    if isinstance(pair, str):
+                        raise BadRow(pair)
+                    kept.add(pair_id_of(self.first_id, row, pair.number), pair)
+                except BadRow as bad:
+                    kept.drop(str(bad), number)
+        return True
 
 
-def _check_columns(origin: Origin, columns: dict[str, str], given: Iterable[str], found: list[str]) -> None:
+def _check_columns(origin: Origin, form: Form, source: PreferenceSource, found: list[str]) -> None:
     """Refuse columns that stand in no row."""
-    # A system text has its place in front of an explicit prompt only.
-    needed = set(columns) if "system" in columns else {"chosen", "rejected", *given}
-    missing = [columns[name] for name in CANONICAL if name in needed and columns[name] not in found]
+    needed = form.needed()
+    missing = [column for name in CANONICAL for column in needed.get(name, ()) if column not in found]
     # Without any column no row was an object: those are counted by reason.
-    if missing and found:
-        listed = f"expected one of {found[:20]}" + (" and more" if len(found) > 20 else "")
+    if not found:
+        return
+    listed = f"expected one of {found[:20]}" + (" and more" if len(found) > 20 else "")
+    if missing:
         raise origin.error(f"has unknown column {', '.join(map(repr, missing))}", listed, key="columns")
+    if missing := [column for column in source.filter or {} if column not in found]:
+        raise origin.error(f"has unknown column {', '.join(map(repr, missing))}", listed, key="filter")

@@ -85,6 +85,17 @@ class Staging:
         """
         return cut_into_chunks(self.partition, groups, pair_ids, self.seed)
 
+    def pools(self, pair_ids: Mapping[str, Sequence[int]]) -> list[tuple[list[int], int]]:
+        """For each chunk the ids that it will be cut from, and how many it takes, before the order is known.
+
+        Args:
+            pair_ids: source name -> ids.
+        """
+        groups = [list(pair_ids)] if self.partition == "pooled" else self.groups
+        chunks = [[i for name in group for i in pair_ids[name]] for group in groups]
+        everything = [i for chunk in chunks for i in chunk]
+        return [(everything if self.partition == "random" else chunk, len(chunk)) for chunk in chunks]
+
     def settings(self, names: Sequence[str]) -> list[StageSettings]:
         """What each stage has to itself, its passes apart.
 

@@ -13,6 +13,24 @@ import pyarrow as pa
 CHUNK_ROWS = 1000
 
 
+def copy_rows(rows: datasets.Dataset, places: Sequence[int], path: Path | None) -> datasets.Dataset:
+    """Some of the rows, in memory or as a file of their own.
+
+    Args:
+        rows: to choose from.
+        places: of the chosen ones.
+        path: file of the Arrow stream; None keeps them in memory.
+    """
+    sink = pa.BufferOutputStream() if path is None else pa.OSFile(str(path), "wb")
+    table = rows.data.table
+    with sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        for start in range(0, len(places), CHUNK_ROWS):
+            stream.write_table(table.take(pa.array(places[start : start + CHUNK_ROWS])))
+    if path is None:
+        return datasets.Dataset.from_buffer(sink.getvalue())
+    return datasets.Dataset.from_file(str(path))
+
+
 class TableWriter:
     """Rows that become a `datasets.Dataset`, in memory or memory-mapped.
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import datasets
 from datasets.utils import tqdm
 
-from sdpo_lightning.data.collate import TOO_LONG, PairTokenizer, Text
+from sdpo_lightning.data.collate import TOO_LONG, PairTokenizer
+from sdpo_lightning.data.messages import Text, unpack
 from sdpo_lightning.data.tables import TableWriter
 from sdpo_lightning.types import ConfigurationError
 
@@ -37,6 +38,8 @@ _FEATURES = datasets.Features(
         "chosen_ids": _IDS,
         "rejected_ids": _IDS,
         "prompt_key": datasets.Value("int64"),
+        "chosen_unscored": _IDS,
+        "rejected_unscored": _IDS,
     }
 )
 
@@ -51,7 +54,8 @@ class Shard:
         stop: row after the last.
         tokenize: tokenizer and length limit.
         stop_at_bad_row: whether the first row that would be dropped ends the work.
-        out: Arrow file to write: `pair_id`, ids of prompt, chosen and rejected, `prompt_key`.
+        out: Arrow file to write: `pair_id`, ids of prompt, chosen and rejected, `prompt_key`, what isn't scored of
+            chosen and rejected (begin, end, begin, end, ...).
     """
 
     rows: Path
@@ -166,17 +170,21 @@ def tokenize_shard(shard: Shard, progress: Callable[[int], object]) -> Tokenized
     result = Tokenized([shard.out])
     writer = TableWriter(_FEATURES, shard.out)
     rows = datasets.Dataset.from_file(str(shard.rows)).select(range(shard.start, shard.stop))
+    packed = "extras" in rows.column_names
     for number, row in enumerate(rows, start=1):
         if number % _TICK_ROWS == 0:
             progress(_TICK_ROWS)
-        pair = shard.tokenize(row["prompt"], row["chosen"], row["rejected"])
+        texts = (row["prompt"], row["chosen"], row["rejected"])
+        pair = shard.tokenize(*map(unpack, texts), row["extras"]) if packed else shard.tokenize(*texts)
         if isinstance(pair, str):
             result.dropped[pair] = result.dropped.get(pair, 0) + 1
             if shard.stop_at_bad_row or (pair == TOO_LONG and shard.tokenize.on_long_prompt == "error"):
                 result.bad = row["pair_id"], pair
                 break
             continue
-        writer.add((row["pair_id"], pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, prompt_key(row["prompt"])))
+        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        unscored = ([n for run in runs for n in run] for runs in (pair.chosen_unscored, pair.rejected_unscored))
+        writer.add((row["pair_id"], *ids, prompt_key(row["prompt"]), *unscored))
         result.pairs += 1
         for mark in pair.marks:
             result.marks[mark] = result.marks.get(mark, 0) + 1
