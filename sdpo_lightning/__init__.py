@@ -13,6 +13,7 @@ _HOMES = {
     "StageTransition": "callbacks",
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",
+    "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",
