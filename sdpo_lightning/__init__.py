@@ -14,6 +14,7 @@ _HOMES = {
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",
     "Fork": "fork",
+    "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",
