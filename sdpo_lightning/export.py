@@ -139,6 +139,7 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         settings=pl_module.settings(),
         metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
         versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
+        notes=tuple(data.accepted),
     )
 
 

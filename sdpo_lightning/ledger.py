@@ -89,6 +89,7 @@ class Ledger:
         checkpoints: folders of checkpoints.
         stages: the stages that have begun, in order.
         parent: of a fork; its models lie there.
+        accepted: changes of rows that the user let pass, in words.
     """
 
     plan: dict[str, Any]
@@ -96,6 +97,7 @@ class Ledger:
     checkpoints: list[str]
     stages: list[LedgerStage] = field(default_factory=list)
     parent: Parent | None = None
+    accepted: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, run_dir: Path) -> Ledger | None:

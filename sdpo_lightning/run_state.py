@@ -109,6 +109,7 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
             ledger.check(record, pl_module.resumed_plan)
             if moved := ledger.back_to(folder, record.entered, done):
                 log.warning("moved to %s, because the checkpoint is from before them: %s", folder / "stale", moved)
+        ledger.accepted = list(trainer.datamodule.accepted)
         ledger.take_plan(pl_module.resumed_plan)
         ledger.take_plan(plan)
         if ledger != before:

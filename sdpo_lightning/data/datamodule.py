@@ -21,7 +21,7 @@ from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
-from sdpo_lightning.data.plan import DataPlan, row_hashes
+from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.ranking import order_of_length, rank_sources
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
@@ -59,6 +59,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         seed: of shuffling, pooling and splitting.
         on_bad_row: `drop` and count, or `error`.
         on_long_prompt: of prompts that leave no room for a completion: `drop` and count, `truncate_left` or `error`.
+        on_changed_rows: of rows of a stage that has begun, when a run goes on: `error`, or `accept` and record it.
         on_val_overlap: of prompts that are both trained on and held out: `error` or `warn`.
         val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
         tokenizer: folder or hub name; default: the model's.
@@ -67,6 +68,10 @@ class CurriculumDataModule(pl.LightningDataModule):
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
     """
+
+    _row_hashes: dict[str, Tensor] | None = None
+    _planned: tuple[list[Chunk], Any, list[Stage]] | None = None
+    _layout_before: str | None = None
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         seed: int = 0,
         on_bad_row: Literal["drop", "error"] = "drop",
         on_long_prompt: LongPromptRule = "drop",
+        on_changed_rows: ChangedRowsRule = "error",
         on_val_overlap: OverlapRule = "error",
         val_fraction: float = 0.0,
         tokenizer: str | None = None,
@@ -111,18 +117,18 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.seed = seed
         self.on_bad_row = on_bad_row
         self.on_long_prompt: LongPromptRule = on_long_prompt
+        self.on_changed_rows: ChangedRowsRule = on_changed_rows
         self.on_val_overlap: OverlapRule = on_val_overlap
         self.val_fraction = val_fraction
         self.tokenizer_name = tokenizer
         self.num_proc = num_proc
         self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
+        # What was accepted against the rules, in words: for ledger and cards.
+        self.accepted: list[str] = []
         self._chunks: list[Chunk] | None = None
         # Score the sources even where the order doesn't depend on it.
         self.ranking_requested = False
-        self._row_hashes: dict[str, Tensor] | None = None
-        self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
-        self._layout_before: str | None = None
         check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
@@ -271,18 +277,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         return self._passes(self.collator).longest_first(pair_ids)
 
     def _passes(self, collator: PreferenceCollator) -> Passes:
-        trainer = self.trainer
-        assert trainer is not None
-        return Passes(
-            self.store,
-            collator,
-            self.batching,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            limit=trainer.limit_train_batches,
-            weights={index: source.weight for index, source in enumerate(self.sources)},
-        )
+        assert self.trainer is not None
+        weights = {index: source.weight for index, source in enumerate(self.sources)}
+        return Passes.of(self.trainer, self.store, collator, self.batching, weights)
 
     @property
     def val_names(self) -> list[str]:
@@ -310,6 +307,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         return {
             "plan": plan.values(),
             "rows": dict(plan.rows),
+            "accepted": list(self.accepted),
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
@@ -328,7 +326,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         }
         own = type(self).partition is CurriculumDataModule.partition
         by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties
-        return DataPlan(self._row_hashes, settings, self.staging.groups, by_group)
+        rule, groups = self.on_changed_rows, self.staging.groups
+        return DataPlan(self._row_hashes, settings, groups, by_group, rule, self.accepted)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the chunks of a checkpoint: nothing is ranked again.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 
 from sdpo_lightning.data.batching import check_batching, fewest_runs
@@ -82,6 +83,20 @@ class Passes:
     accumulate: int
     limit: float
     weights: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        trainer: pl.Trainer,
+        store: PairStore,
+        collator: PreferenceCollator,
+        batching: Batching,
+        weights: Mapping[int, float],
+    ) -> Passes:
+        """Those of a Trainer's rank."""
+        place = (trainer.global_rank, trainer.world_size)
+        limits = (trainer.accumulate_grad_batches, trainer.limit_train_batches)
+        return cls(store, collator, batching, *place, *limits, weights)
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on."""

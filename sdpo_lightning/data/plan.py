@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 ROWS = "tokenised rows of data.sources"
 
+# Of rows of a stage that has begun.
+ChangedRowsRule = Literal["error", "accept"]
+
 
 @dataclass(frozen=True, eq=False)
 class DataPlan:
@@ -32,12 +35,16 @@ class DataPlan:
         settings: key -> value.
         groups: names of sources that train together.
         flexible: each chunk is one group, so that later ones can be made again and more can follow.
+        on_changed_rows: what becomes of a run whose rows are others.
+        accepted: what was accepted so far, in words; grows.
     """
 
     rows: Mapping[str, Tensor]
     settings: Mapping[str, Any]
     groups: Sequence[Sequence[str]]
     flexible: bool
+    on_changed_rows: ChangedRowsRule
+    accepted: list[str]
 
     def values(self) -> dict[str, Any]:
         """As plain values."""
@@ -61,11 +68,60 @@ class DataPlan:
         count = len(saved["data.stages"]) if self.flexible else len(self.groups)
         given = {**self.settings, "data.stages": [list(group) for group in self.groups[:count]]}
         compare_plans(*with_step_pairs(saved, given))
-        altered = _check_rows(state["rows"], self.rows, chunks, entered, self.flexible)
+        self.accepted.extend(text for text in state["accepted"] if text not in self.accepted)
+        altered = self._check_rows(state["rows"], chunks, entered)
         if not altered and len(self.groups) == count:
             return chunks
         train_ids = {name: report.chunk_ids for name, report in reports.items()}
         return renew_chunks(chunks, entered, self.groups, train_ids)
+
+    def _check_rows(self, saved: Mapping[str, Tensor], chunks: Sequence[Chunk], entered: int) -> bool:
+        """Refuse, or accept, altered rows of stages that have begun.
+
+        Args:
+            saved: source -> `row_hashes` of the checkpoint.
+            chunks: of the checkpoint.
+            entered: index of the stage that it is in.
+
+        Returns:
+            Whether rows of later stages are altered, and their chunks can be made again.
+
+        Raises:
+            ResumeError: naming stage and row.
+        """
+        later = False
+        for name in [name for name in saved if name in self.rows]:
+            pair_id = first_difference(saved[name], self.rows[name])
+            if pair_id is None:
+                continue
+            uses = (any(i >> 40 == pair_id >> 40 for i in chunk.pair_ids) for chunk in chunks)
+            first = next((number for number, used in enumerate(uses, 1) if used), 1)
+            where = f"{name!r}, of stage {first}, first in row {row_number(pair_id)}"
+            text = f"{ROWS}, or their `repeat` or `weight`, have changed: {where}"
+            if first > max(entered, 1) and self.flexible:
+                log.warning("%s, which has not begun: it will train on the new rows", text)
+                later = True
+                continue
+            text = f"{text}, and stage {max(entered, 1)} has begun"
+            if self.on_changed_rows == "error":
+                raise ResumeError(
+                    f"{text}; restore the file, start a new run, or take the new rows by `data.on_changed_rows: accept`"
+                )
+            self._accept(text, chunks[: max(entered, 1)] if self.flexible else chunks)
+        return later
+
+    def _accept(self, text: str, chunks: Sequence[Chunk]) -> None:
+        """Go on with the pairs that the stages began with, as they read now; added ones are left out."""
+        known = {i for rows in self.rows.values() for i in rows[0].tolist()}
+        gone = next((i for chunk in chunks for i in chunk.pair_ids if i not in known), None)
+        if gone is not None:
+            raise ResumeError(
+                f"{text}; `data.on_changed_rows: accept` needs every row that the stages began with, and row "
+                f"{row_number(gone)} is gone: restore it"
+            )
+        log.warning("%s: accepted; rows that were added are left out", text)
+        if text not in self.accepted:
+            self.accepted.append(text)
 
 
 def row_hashes(store: PairStore, report: SourceReport) -> Tensor:
@@ -89,40 +145,6 @@ def first_difference(saved: Tensor, given: Tensor) -> int | None:
     """The lowest pair id that was added, left out or altered; None where there is none."""
     before, now = (dict(zip(*rows.tolist(), strict=True)) for rows in (saved, given))
     return min((i for i in before.keys() | now.keys() if before.get(i) != now.get(i)), default=None)
-
-
-def _check_rows(
-    saved: Mapping[str, Tensor], given: Mapping[str, Tensor], chunks: Sequence[Chunk], entered: int, flexible: bool
-) -> bool:
-    """Refuse altered rows of stages that have begun.
-
-    Args:
-        saved: source -> `row_hashes` of the checkpoint.
-        given: the same of this run.
-        chunks: of the checkpoint.
-        entered: index of the stage that it is in.
-        flexible: whether the chunks of later stages can be made again.
-
-    Returns:
-        Whether rows of later stages are altered.
-
-    Raises:
-        ResumeError: naming stage and row.
-    """
-    later = False
-    for name in [name for name in saved if name in given]:
-        pair_id = first_difference(saved[name], given[name])
-        if pair_id is None:
-            continue
-        uses = (any(i >> 40 == pair_id >> 40 for i in chunk.pair_ids) for chunk in chunks)
-        first = next((number for number, used in enumerate(uses, 1) if used), 1)
-        where = f"{name!r}, of stage {first}, first in row {row_number(pair_id)}"
-        text = f"{ROWS}, or their `repeat` or `weight`, have changed: {where}"
-        if first <= max(entered, 1) or not flexible:
-            raise ResumeError(f"{text}, and stage {max(entered, 1)} has begun; restore the file or start a new run")
-        log.warning("%s, which has not begun: it will train on the new rows", text)
-        later = True
-    return later
 
 
 def renew_chunks(

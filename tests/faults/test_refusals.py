@@ -79,6 +79,28 @@ def test_changed_rows_of_a_stage_that_has_begun(job, whole, kind, stage):
 
 
 @pytest.mark.parametrize("kind", ["edit", "append", "delete", "reorder"])
+def test_changed_rows_that_are_accepted(job, kind):
+    job = replace(job, more=("--data.val_fraction=0", "--trainer.max_steps=7"))
+    assert job.start().code == 0
+    name = stage_names(job)[1]
+    number = edit(job, name, kind)
+    ended = replace(job, more=("--data.val_fraction=0", "--data.on_changed_rows=accept")).start()
+    if kind == "delete":
+        assert ended.code == 3 and f"row {number} is gone: restore it" in ended.text, ended.text
+        return
+    assert ended.code == 0, ended.text
+    [accepted] = json.loads((job.run_dir / "ledger.json").read_text())["accepted"]
+    assert f"{name!r}, of stage 2, first in row {number}, and stage 2 has begun" in accepted
+    assert accepted in (job.run_dir / "stages" / f"02-{name}" / "README.md").read_text()
+    # The stage keeps the pairs that it began with.
+    pairs = [stage["pairs"] for stage in json.loads((job.run_dir / "ledger.json").read_text())["stages"]]
+    assert pairs[1] == json.loads((job.run_dir / "curriculum.json").read_text())["stages"][1]["pairs"]
+    # Later resumes compare with the rows that were accepted.
+    ended = replace(job, more=("--data.val_fraction=0",)).start()
+    assert ended.code == 0 and "already complete" in ended.text, ended.text
+
+
+@pytest.mark.parametrize("kind", ["edit", "append", "delete", "reorder"])
 def test_changed_rows_of_a_later_stage(job, kind):
     job = replace(job, more=("--data.val_fraction=0",))
     ended = replace(job, more=(*job.more, "--trainer.max_steps=2")).start()
