@@ -185,6 +185,7 @@ class StageTransition(pl.Callback):
         failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
+        pl_module.loss.start_stage()
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
@@ -334,7 +335,7 @@ def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> 
 def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     logps = type(pl_module).compute_logps
     names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
-    return " ".join(names)
+    return " ".join([*names, str(pl_module.logps.settings())])
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

@@ -22,19 +22,20 @@ from sdpo_lightning.backbone import (
     load_skeleton,
     weights_digest,
 )
+from sdpo_lightning.batch_objectives import checked_loss
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
+from sdpo_lightning.completion_logps import CompletionLogps, SummedLogps
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
-from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
-from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
+from sdpo_lightning.objectives import PreferenceLoss
 from sdpo_lightning.optimization import StageOptimization
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
@@ -74,6 +75,9 @@ class DPOLitModule(StageOptimization):
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
         lora: train adapters instead of the weights (the `[peft]` extra).
         quantization: of the frozen weights below the adapters.
+        loss: `objectives.py`, `batch_objectives.py`; None is DPO's sigmoid loss with `label_smoothing`.
+        logps: `completion_logps.py`; None is the sum over the tokens.
+        router_aux_loss: weight of a mixture's load-balancing loss; None is the model's own, 0 leaves it out.
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -96,15 +100,19 @@ class DPOLitModule(StageOptimization):
         liger: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationName | None = None,
+        loss: PreferenceLoss | None = None,
+        logps: CompletionLogps | None = None,
+        router_aux_loss: float | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
             raise ConfigurationError(f"`model.beta` is {beta}, expected above 0")
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigurationError(f"`model.label_smoothing` is {label_smoothing}, expected within [0, 0.5)")
         self.model_name_or_path = model_name_or_path
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.logps = logps if logps is not None else SummedLogps()
+        self.loss = checked_loss(loss, label_smoothing, self.logps)
+        self.router_aux_loss = router_aux_loss
         default = ResidentReference if lora is None else AdapterReference
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
@@ -163,6 +171,7 @@ class DPOLitModule(StageOptimization):
         )
 
     def _set_up(self, weights: CausalBackbone) -> CausalBackbone:
+        weights.router.set_coefficient(self.router_aux_loss)
         if self.lora is not None:
             attach_adapters(weights, self.lora, self.model_name_or_path)
         return self.execution.apply(weights)
@@ -207,6 +216,9 @@ class DPOLitModule(StageOptimization):
         return super().settings() | {
             "model.beta": self.beta,
             "model.label_smoothing": self.label_smoothing,
+            "model.loss": self.loss.settings(),
+            "model.logps": self.logps.settings(),
+            "model.router_aux_loss": self.router_aux_loss,
             "model.disable_dropout": self.disable_dropout,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
@@ -217,11 +229,11 @@ class DPOLitModule(StageOptimization):
 
     def compute_logps(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
         """Summed logps `[B]` of a model; policy, reference and ranking all go through here. Override freely."""
-        return pair_logps(model(batch), batch)
+        return self.logps(model, batch)
 
     def preference_loss(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Losses `[B]`, unreduced. Override to change the loss."""
-        return dpo_loss(policy, reference, self.beta, self.label_smoothing)
+        return self.loss(policy, reference, self.beta)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
@@ -236,7 +248,7 @@ class DPOLitModule(StageOptimization):
         CASTS.hold()
         policy = self.compute_logps(self.policy, batch)
         self.last_logps = (policy.detach(), reference)
-        losses = self.preference_loss(policy, reference)
+        losses = self.preference_loss(policy, reference) + self.policy.router.take()
         self.watch(batch, losses, policy, reference)
         self._update(self.step_metrics, losses, policy, reference, batch)
         total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
@@ -308,6 +320,7 @@ class DPOLitModule(StageOptimization):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
+        checkpoint["loss_state"] = self.loss.state_dict()
         checkpoint["random_states"] = collect_random_states()
         checkpoint["run_plan"] = run_plan(self.trainer, self)
         into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
@@ -331,4 +344,5 @@ class DPOLitModule(StageOptimization):
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
         self.record = record
+        self.loss.load_state_dict(checkpoint["loss_state"])
         self.random_states = checkpoint["random_states"]
