@@ -53,10 +53,10 @@ class FrozenAdapter(nn.Module):
         with reference_adapter_active(policy):
             yield policy
 
-    def forward(self, batch: PreferenceBatch) -> Tensor:
-        """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
+    def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
+        """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`, as the policy gives them."""
         with self.in_use() as policy:
-            return policy(batch)
+            return policy(batch, collisions)
 
     def digest(self) -> str:
         """Digest of base and frozen adapter, as `weights_digest` gives it for a policy."""

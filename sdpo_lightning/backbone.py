@@ -23,6 +23,7 @@ from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import ParkedWeights, offload_activations
 from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.router import RouterLoss
 from sdpo_lightning.sharding import (
     Sharding,
     copy_shards_,
@@ -61,30 +62,33 @@ class CausalBackbone(nn.Module):
         values = model.config.get_text_config().to_dict()
         self.logit_scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
         self.logit_cap = float(values.get("final_logit_softcapping") or 0.0)
+        self.router = RouterLoss(values)
 
-    def forward(self, batch: PreferenceBatch) -> Tensor:
-        """Log-probabilities `[N]` (float32, nats) of the batch's completion tokens."""
+    def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
+        """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`; see `linear_token_logps`."""
         packed = batch.segments is not None
         segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
         parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
         with parked:
             with packed_rows(packed), CASTS.in_use(), offload:
-                hidden = self.model.base_model(
+                outputs = self.model.base_model(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     position_ids=batch.position_ids,
                     use_cache=False,
                     **segments,
-                ).last_hidden_state
-            return self._token_logps(hidden, batch)
+                    **self.router.arguments(),
+                )
+            self.router.keep(outputs.get("router_logits"), batch)
+            return self._token_logps(outputs.last_hidden_state, batch, collisions)
 
-    def _token_logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+    def _token_logps(self, hidden: Tensor, batch: PreferenceBatch, collisions: bool) -> Tensor:
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear and not self.logit_cap:
-            return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb)
+            return linear_token_logps(hidden, batch, head, self.logit_scale, self.logits_budget_mb, collisions)
         vocab_size = self.model.config.get_text_config().vocab_size
-        return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb)
+        return token_logps(hidden, batch, self.logits, vocab_size, self.logits_budget_mb, collisions)
 
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated blocks of the model, in order.

@@ -176,6 +176,9 @@ class StageTransition(pl.Callback):
         failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
+        if pl_module.loss is not None:
+            pl_module.loss.start_stage()
+        pl_module.loss.start_stage()
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")

@@ -28,6 +28,7 @@ def token_logps(
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
     logits_budget_mb: float = 256.0,
+    collisions: bool = False,
 ) -> Tensor:
     """Log-probability of each completion token, by any head.
 
@@ -37,20 +38,27 @@ def token_logps(
         head: maps `[n, D]` to logits `[n, V]`.
         vocab_size: V, rows of the head.
         logits_budget_mb: most MiB of fp32 logits that exist at once.
+        collisions: also give log sum_v p_v^2 of each position.
 
     Returns:
-        `[N]` float32, nats.
+        `[N]` float32, nats; with `collisions` `[2, N]`, whose second row has no gradient.
     """
     selected = hidden.flatten(0, 1)[batch.source_index]
     rows = max(1, int(logits_budget_mb * 2**20 / (4 * vocab_size)))
+    gives = _logps_and_collisions_of if collisions else _logps_of
     if len(selected) <= rows:
-        return _logps_of(selected, batch.target_ids, head)
+        return gives(selected, batch.target_ids, head)
     chunks = zip(selected.split(rows), batch.target_ids.split(rows), strict=True)
-    return torch.cat([checkpoint(_logps_of, h, t, head, use_reentrant=False) for h, t in chunks])
+    return torch.cat([checkpoint(gives, h, t, head, use_reentrant=False) for h, t in chunks], -1)
 
 
 def linear_token_logps(
-    hidden: Tensor, batch: PreferenceBatch, head: nn.Linear, scale: float = 1.0, logits_budget_mb: float = 256.0
+    hidden: Tensor,
+    batch: PreferenceBatch,
+    head: nn.Linear,
+    scale: float = 1.0,
+    logits_budget_mb: float = 256.0,
+    collisions: bool = False,
 ) -> Tensor:
     """Log-probability of each completion token, by a plain linear head and its log-softmax in one.
 
@@ -60,9 +68,10 @@ def linear_token_logps(
         head: `[V, D]` weight and perhaps a bias.
         scale: factor on the logits.
         logits_budget_mb: most MiB of logits that are kept for the backward pass.
+        collisions: also give log sum_v p_v^2 of each position.
 
     Returns:
-        `[N]` float32, nats.
+        `[N]` float32, nats; with `collisions` `[2, N]`, whose second row has no gradient.
     """
     sources, targets = _rounded(batch.source_index), _rounded(batch.target_ids)
     selected = hidden.flatten(0, 1)[sources]
@@ -70,8 +79,10 @@ def linear_token_logps(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
     weight = CASTS.cast(head.weight, dtype)
     bias = None if head.bias is None else CASTS.cast(head.bias, dtype)
-    logps = _LinearLogps.apply(selected.to(dtype), weight, bias, targets, scale, logits_budget_mb)
-    return logps[: len(batch.target_ids)]
+    logps, repeated = _LinearLogps.apply(
+        selected.to(dtype), weight, bias, targets, scale, logits_budget_mb, collisions
+    )
+    return (torch.stack([logps, repeated]) if collisions else logps)[..., : len(batch.target_ids)]
 
 
 def _rounded(index: Tensor) -> Tensor:
@@ -83,6 +94,14 @@ def _rounded(index: Tensor) -> Tensor:
 def _logps_of(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     # fp32 before the softmax: at logps of -1e4 a bf16 sum is off by tens of nats.
     return gather_logps(head(hidden), targets)
+
+
+def _logps_and_collisions_of(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    logits = head(hidden)
+    with torch.no_grad():
+        free = logits.float()
+        repeated = (2 * free).logsumexp(1) - 2 * free.logsumexp(1)
+    return torch.stack([gather_logps(logits, targets), repeated])
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -97,13 +116,15 @@ class _LinearLogps(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         budget_mb: float,
-    ) -> Tensor:
+        collisions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         count, vocab = len(hidden), len(weight)
         needs_grad = any(ctx.needs_input_grad[:3])
         keeps = needs_grad and count * vocab * hidden.element_size() <= budget_mb * 2**20
         kept = hidden.new_empty(count, vocab) if keeps else None
         logps = hidden.new_empty(count, dtype=torch.float32)
         normalisers = torch.empty_like(logps)
+        repeated = torch.empty_like(logps) if collisions else None
         for rows in _blocks(count, _block_rows(hidden, vocab, budget_mb)):
             logits = _logits(hidden[rows], weight, bias, scale)
             chosen = targets[rows, None]
@@ -112,14 +133,18 @@ class _LinearLogps(torch.autograd.Function):
             total = logits.sub_(largest).exp_().sum(1, keepdim=True)
             normalisers[rows] = (largest + total.log()).squeeze(1)
             logps[rows] = target_logits.squeeze(1) - normalisers[rows]
+            if repeated is not None:
+                repeated[rows] = 2 * (torch.linalg.vector_norm(logits, dim=1) / total.squeeze(1)).log()
             if kept is not None:
                 kept[rows] = _minus_one_hot(logits.mul_(total.reciprocal()), chosen)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.kept, ctx.scale, ctx.budget_mb = kept, scale, budget_mb
-        return logps
+        if repeated is not None:
+            ctx.mark_non_differentiable(repeated)
+        return logps, repeated
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         factors = -ctx.scale * gradient[:, None]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -150,7 +175,7 @@ class _LinearLogps(torch.autograd.Function):
                 d_bias = _add(d_bias, d_logits.sum(0, dtype=torch.float32))
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(weight.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -195,17 +220,50 @@ def gather_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-def pair_logps(logps: Tensor, batch: PreferenceBatch) -> PairLogps:
+def pair_logps(logps: Tensor, batch: PreferenceBatch, ld_alpha: float = 1.0) -> PairLogps:
     """Sum the token logps of each completion (arXiv 2305.18290: log pi(y | x)).
 
     Args:
         logps: `[N]` float32, from `token_logps`.
         batch: says which token belongs to which of its 2B sequences.
+        ld_alpha: factor on tokens beyond the length of the pair's shorter completion (LD-DPO, arXiv 2409.06411).
 
     Returns:
-        `PairLogps` of `[B]`, summed in float32.
+        `PairLogps` of `[B]`, summed in float32; lengths are those of the whole completions.
     """
+    if ld_alpha != 1.0:
+        shorter = torch.minimum(*batch.completion_lengths.chunk(2)).repeat(2)
+        shared = token_positions(batch) < shorter[batch.sequence_index]
+        logps = torch.where(shared, logps, ld_alpha * logps)
     totals = logps.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_index, logps)
     chosen, rejected = totals.chunk(2)
     chosen_lengths, rejected_lengths = batch.completion_lengths.chunk(2)
-    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths, real=batch.weights > 0)
+
+
+def token_positions(batch: PreferenceBatch) -> Tensor:
+    """Place of each completion token within its completion, from 0, `[N]` int64; every layout keeps their order."""
+    lengths = batch.completion_lengths
+    order = batch.sequence_index.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return places - (lengths.cumsum(0) - lengths)[batch.sequence_index]
+
+
+def alignment_weights(logps: Tensor, collisions: Tensor, batch: PreferenceBatch) -> Tensor:
+    """WPO's weight of each pair: w(y_w) * w(y_l), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p_v^2).
+
+    Zhou et al. 2024 (arXiv 2406.11827, Eq. 2, with its sampled alignment).
+
+    Args:
+        logps: `[N]` of the completion tokens, nats.
+        collisions: `[N]` log sum_v p_v^2 at their positions.
+        batch: says which token belongs to which sequence.
+
+    Returns:
+        `[B]` without gradient.
+    """
+    aligned = logps.detach() - collisions.detach()
+    totals = aligned.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_index, aligned)
+    chosen, rejected = (totals / batch.completion_lengths).exp().chunk(2)
+    return chosen * rejected

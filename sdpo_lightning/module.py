@@ -22,22 +22,22 @@ from sdpo_lightning.backbone import (
     load_skeleton,
     weights_digest,
 )
+from sdpo_lightning.batch_objectives import check_loss
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_plain_checkpoints
+from sdpo_lightning.completion_logps import CompletionLogps, SummedLogps
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
 from sdpo_lightning.fork import Fork
+from sdpo_lightning.held_out import HeldOutPairs
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
-from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
-from sdpo_lightning.losses import dpo_loss
-from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
-from sdpo_lightning.optimization import StageOptimization
+from sdpo_lightning.objectives import PreferenceLoss, SigmoidLoss
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
@@ -46,7 +46,6 @@ from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
-    LogpTable,
     PairLogps,
     PreferenceBatch,
     QuantizationName,
@@ -55,7 +54,7 @@ from sdpo_lightning.types import (
 )
 
 
-class DPOLitModule(StageOptimization):
+class DPOLitModule(HeldOutPairs):
     """Stepwise DPO (arXiv 2403.19270): a trainable policy and a frozen reference that follows it.
 
     Nothing is loaded here; weights come in `configure_model`, after all data is checked.
@@ -77,6 +76,9 @@ class DPOLitModule(StageOptimization):
         lora: train adapters instead of the weights (the `[peft]` extra).
         quantization: of the frozen weights below the adapters.
         allow_bin_weights: take S from `pytorch_model.bin` where it has no safetensors; no code in it runs.
+        loss: `objectives.py`, `batch_objectives.py`; None is DPO's sigmoid loss with `label_smoothing`.
+        logps: `completion_logps.py`; None is the sum over the tokens.
+        router_aux_loss: weight of a mixture's load-balancing loss; None is the model's own, 0 leaves it out.
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -100,15 +102,20 @@ class DPOLitModule(StageOptimization):
         lora: LoraSettings | None = None,
         quantization: QuantizationName | None = None,
         allow_bin_weights: bool = False,
+        loss: PreferenceLoss | None = None,
+        logps: CompletionLogps | None = None,
+        router_aux_loss: float | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
             raise ConfigurationError(f"`model.beta` is {beta}, expected above 0")
-        if not 0 <= label_smoothing < 0.5:
-            raise ConfigurationError(f"`model.label_smoothing` is {label_smoothing}, expected within [0, 0.5)")
         self.model_name_or_path = model_name_or_path
         self.beta = beta
         self.label_smoothing = label_smoothing
+        self.logps = logps if logps is not None else SummedLogps()
+        check_loss(loss, label_smoothing, self.logps)
+        self.loss = loss
+        self.router_aux_loss = router_aux_loss
         default = ResidentReference if lora is None else AdapterReference
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
@@ -127,12 +134,8 @@ class DPOLitModule(StageOptimization):
         # The checkpoint that the command line found on this rank's disk.
         self.goes_on_from: str | None = None
         self.record = StageRecord()
-        self.m0_logps: LogpTable | None = None
         self.random_states: list[dict[str, Any]] | None = None
         self.resumed_plan: dict[str, Any] = {}
-        self.last_logps: tuple[PairLogps, PairLogps] | None = None
-        self.step_metrics = PreferenceMetrics()
-        self.val_metrics = nn.ModuleList()
 
     # ---- weights
 
@@ -172,6 +175,7 @@ class DPOLitModule(StageOptimization):
         )
 
     def _set_up(self, weights: CausalBackbone) -> CausalBackbone:
+        weights.router.set_coefficient(self.router_aux_loss)
         if self.lora is not None:
             attach_adapters(weights, self.lora, self.model_name_or_path)
         return self.execution.apply(weights)
@@ -216,6 +220,9 @@ class DPOLitModule(StageOptimization):
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
         return super().settings() | {
+            "model.loss": None if self.loss is None else self.loss.settings(),
+            "model.logps": self.logps.settings(),
+            "model.router_aux_loss": self.router_aux_loss,
             "model.disable_dropout": self.disable_dropout,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
@@ -226,11 +233,13 @@ class DPOLitModule(StageOptimization):
 
     def compute_logps(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
         """Summed logps `[B]` of a model; policy, reference and ranking all go through here. Override freely."""
-        return pair_logps(model(batch), batch)
+        return self.logps(model, batch)
 
     def preference_loss(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Losses `[B]`, unreduced. Override to change the loss."""
-        return dpo_loss(policy, reference, self.beta, self.label_smoothing)
+        # A stage may have a label smoothing of its own.
+        loss = SigmoidLoss(self.label_smoothing) if self.loss is None else self.loss
+        return loss(policy, reference, self.beta)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:
@@ -245,62 +254,12 @@ class DPOLitModule(StageOptimization):
         CASTS.hold()
         policy = self.compute_logps(self.policy, batch)
         self.last_logps = (policy.detach(), reference)
-        losses = self.preference_loss(policy, reference)
+        losses = self.preference_loss(policy, reference) + self.policy.router.take()
         self.watch(batch, losses, policy, reference)
-        self._update(self.step_metrics, losses, policy, reference, batch)
+        self.measure(self.step_metrics, losses, policy, reference, batch)
         total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
         # Lightning divides by the accumulation and DDP by the ranks; the mean is over the real pairs.
         return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / batch.step_pairs)
-
-    def _update(
-        self,
-        metrics: PreferenceMetrics,
-        losses: Tensor,
-        policy: PairLogps,
-        reference: PairLogps,
-        batch: PreferenceBatch,
-    ) -> None:
-        m0, known = (None, None) if self.m0_logps is None else self.m0_logps.lookup(batch.pair_id)
-        metrics.update(losses, policy, reference, batch.weights, self.beta, m0, known)
-
-    # ---- held-out pairs
-
-    def _held_out_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
-        while len(self.val_metrics) <= dataloader_idx:
-            self.val_metrics.append(PreferenceMetrics().to(self.device))
-        policy = self.compute_logps(self.policy, batch)
-        reference = self.reference.logps(batch)
-        self.last_logps = (policy, reference)
-        losses = self.preference_loss(policy, reference)
-        self._update(self.val_metrics[dataloader_idx], losses, policy, reference, batch)
-
-    def _log_held_out(self, prefix: str) -> None:
-        for name, metrics in zip(self.trainer.datamodule.val_names, self.val_metrics, strict=False):
-            for key, value in metrics.compute().items():
-                # Equal on all ranks already; Lightning wants to hear it.
-                self.log(f"{prefix}/{name}/{key}", value.float(), rank_zero_only=False, sync_dist=True)
-            metrics.reset()
-
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Metrics of held-out pairs of one source."""
-        self._held_out_step(batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/<source>/...`."""
-        self._log_held_out("val")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Metrics of held-out pairs of one source."""
-        self._held_out_step(batch, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log `test/<source>/...`."""
-        self._log_held_out("test")
-
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Rows of `pair_id`, `source`, policy and reference logps (nats, summed over tokens)."""
-        source_of = self.trainer.datamodule.source_of
-        return prediction_rows(self.score(self.policy, batch), self.reference.logps(batch), batch, source_of)
 
     # ---- stage callbacks and state
 
@@ -317,6 +276,7 @@ class DPOLitModule(StageOptimization):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which stage was entered and the digests of M_0 ... M_{t-1}."""
         checkpoint["stage_record"] = asdict(self.record)
+        checkpoint["loss_state"] = {} if self.loss is None else self.loss.state_dict()
         checkpoint["random_states"] = collect_random_states()
         checkpoint["run_plan"] = run_plan(self.trainer, self)
         into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
@@ -343,4 +303,6 @@ class DPOLitModule(StageOptimization):
             now = self.trainer.accumulate_grad_batches
             rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
+        if self.loss is not None:
+            self.loss.load_state_dict(checkpoint["loss_state"])
         self.random_states = checkpoint["random_states"]

@@ -90,7 +90,7 @@ def _inputs(
 def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     logps = type(pl_module).compute_logps
     names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
-    return " ".join(names)
+    return " ".join([*names, str(pl_module.logps.settings())])
 
 
 def _m0_path(trainer: pl.Trainer) -> Path:

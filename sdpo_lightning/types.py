@@ -95,7 +95,8 @@ class PairLogps:
         rejected: `[B]` float32.
         chosen_lengths: `[B]` int64, completion tokens.
         rejected_lengths: `[B]` int64.
-        pair_weights: `[B]` optional weights of the pairs, for losses that use them.
+        pair_weights: `[B]` optional factors on the losses of the pairs, without gradient (WPO).
+        real: `[B]` optional bool, False for a filler pair, which losses over several pairs leave out.
     """
 
     chosen: Tensor
@@ -103,6 +104,7 @@ class PairLogps:
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     pair_weights: Tensor | None = None
+    real: Tensor | None = None
 
     def detach(self) -> PairLogps:
         """The same numbers without their graph."""
