@@ -178,7 +178,6 @@ class StageTransition(pl.Callback):
         pl_module.stage = stage
         if pl_module.loss is not None:
             pl_module.loss.start_stage()
-        pl_module.loss.start_stage()
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
