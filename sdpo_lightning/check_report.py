@@ -41,6 +41,10 @@ def source_lines(
         # Held-out files count theirs under names of their own.
         if count := marks.get(mark, 0) + marks.get(f"val_{mark}", 0):
             lines.append(Finding("info", f"{named}: {count} pairs ({_share(count, len(ids))}) {words}"))
+    for mark in sorted({mark.removeprefix("val_") for mark in marks}):
+        if mark.startswith("unrendered_"):
+            count, what = marks.get(mark, 0) + marks.get(f"val_{mark}", 0), mark.removeprefix("unrendered_")
+            lines.append(Finding("warning", f"{named}: of {count} pairs the chat template leaves out {what}"))
     if lost > 0.01 * total:
         lines.append(Finding("warning", f"{named}: {lost} of {total} rows dropped ({_share(lost, total)}): {reasons}"))
     return lines
@@ -65,7 +69,7 @@ def stage_lines(stages: Sequence[Stage], ordered: bool) -> list[Finding]:
 
 
 def pair_lines(tokenizer: PreTrainedTokenizerBase, title: str, pair: TokenizedPair) -> list[str]:
-    """A pair as text; what the loss sees stands between >> and <<.
+    """A pair as text; what the loss sees stands between >> and <<, words of others in a completion outside.
 
     Args:
         tokenizer: of the data.
@@ -73,6 +77,15 @@ def pair_lines(tokenizer: PreTrainedTokenizerBase, title: str, pair: TokenizedPa
         pair: its ids.
     """
     lines = [title, f"  prompt ({len(pair.prompt_ids)} tokens): {tokenizer.decode(pair.prompt_ids)!r}"]
-    for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-        lines.append(f"  {name} ({len(ids)} tokens): >>{repr(tokenizer.decode(ids))[1:-1]}<<")
+    sides = (("chosen", pair.chosen_ids, pair.chosen_unscored), ("rejected", pair.rejected_ids, pair.rejected_unscored))
+    for name, ids, unscored in sides:
+        text, place = "", 0
+        for begin, end in (*unscored, (len(ids), len(ids))):
+            text += f">>{_shown(tokenizer, ids[place:begin])}<<{_shown(tokenizer, ids[begin:end])}"
+            place = end
+        lines.append(f"  {name} ({len(ids)} tokens): {text}")
     return lines
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return repr(tokenizer.decode(ids))[1:-1]

@@ -14,6 +14,7 @@ from templates import KINDS, tokenizer_of
 
 from sdpo_lightning import PreferenceSource
 from sdpo_lightning.backbone import load_policy
+from sdpo_lightning.check_report import pair_lines
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, PairTokenizer, SharedPrefixCollator
 from sdpo_lightning.data.messages import unpack
 from sdpo_lightning.data.prepare import Preparation, prepare_sources
@@ -346,6 +347,14 @@ def test_truncation_moves_and_cuts_what_is_not_scored() -> None:
     assert left.marks == ("prompt_cut", "completion_cut")
     kept = len(left.chosen_ids)
     assert left.chosen_unscored[0] == first and all(end <= kept for _, end in left.chosen_unscored)
+
+
+def test_check_shows_what_is_not_scored_outside() -> None:
+    tokenizer = tokenizer_of("mistral")
+    pair = PairTokenizer(tokenizer, 1000)([user("q")], TURNS[:3], [assistant("no")])
+    _, _, chosen, rejected = pair_lines(tokenizer, "x", pair)
+    assert chosen.endswith("tokens): >> a hat</s><<[INST]why?[/INST]>> it is</s><<")
+    assert rejected.endswith("tokens): >> no</s><<")
 
 
 # ---- logps of what counts
