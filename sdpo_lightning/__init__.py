@@ -13,6 +13,7 @@ _HOMES = {
     "StageTransition": "callbacks",
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",
+    "Fork": "fork",
     "FSDP2Strategy": "strategy",
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",

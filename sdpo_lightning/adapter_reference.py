@@ -17,7 +17,7 @@ from sdpo_lightning.adapters import (
     reference_adapter_active,
     snapshot_adapter_,
 )
-from sdpo_lightning.backbone import CausalBackbone, adapter_digest
+from sdpo_lightning.backbone import CausalBackbone, adapter_digest, weights_digest
 from sdpo_lightning.reference import CachedReference, ReferencePolicy, ResidentReference
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -103,6 +103,11 @@ def frozen_adapter(policy: CausalBackbone, folder: Path | None) -> FrozenAdapter
     if folder is not None:
         read_reference_adapter_(policy.model, folder)
     return FrozenAdapter(policy)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest of a model's weights, or of base and frozen adapter."""
+    return model.digest() if isinstance(model, FrozenAdapter) else weights_digest(model)
 
 
 def check_adapters(

@@ -7,6 +7,7 @@ LoRA: arXiv 2106.09685; DoRA: arXiv 2402.09353.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,30 @@ def snapshot_adapter_(model: nn.Module) -> None:
     """Copy the trained adapter into the frozen one, in place and on each rank's own part."""
     trained, frozen = adapter_state(model, TRAINED), adapter_state(model, REFERENCE)
     torch._foreach_copy_([_local(t) for t in frozen.values()], [_local(trained[name]) for name in frozen])
+
+
+def check_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Compare what leaves no trace in an exported adapter's weights with the model's adapters.
+
+    Raises:
+        ResumeError: another scale or kind: the folder's weights would be another model.
+    """
+    path, own = folder / "adapter_config.json", model.peft_config[TRAINED]
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{path} can't be read ({error}); restore that folder") from error
+    expected = {"r": own.r, "lora_alpha": own.lora_alpha, "use_rslora": own.use_rslora, "use_dora": own.use_dora}
+    differing = [f"{key}: {found.get(key)} -> {value}" for key, value in expected.items() if found.get(key) != value]
+    if differing:
+        raise ResumeError(f"`model.lora` isn't that of {folder}, saved -> given: {'; '.join(differing)}")
+
+
+@torch.no_grad()
+def adopt_reference_adapter_(model: nn.Module) -> None:
+    """Copy the frozen adapter into the trained one, in place and on each rank's own part."""
+    trained, frozen = adapter_state(model, TRAINED), adapter_state(model, REFERENCE)
+    torch._foreach_copy_([_local(t) for t in trained.values()], [_local(frozen[name]) for name in trained])
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ those are skipped on some resumes.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -31,17 +30,18 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
-from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
+from sdpo_lightning.fork import adopt
+from sdpo_lightning.loop_progress import go_by_epochs_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.run_lock import RunLock
 from sdpo_lightning.run_state import close_stage, leaves_files, lock_run, open_stage, take_up
+from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
 from sdpo_lightning.self_check import compare_logps, stop_if
-from sdpo_lightning.types import ConfigurationError, PreferenceBatch, ReferenceInputs, Stage
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,14 @@ class StageTransition(pl.Callback):
         if stage != "fit":
             return
         trainer.reload_dataloaders_every_n_epochs = 1
+        go_by_epochs_(trainer.fit_loop)
         # Before the first stage there is no reference to validate against.
         trainer.num_sanity_val_steps = 0
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
+        if pl_module.fork is not None and trainer.ckpt_path is None:
+            from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
         if not trainer.datamodule.merge_ties:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
         if leaves_files(trainer):
@@ -109,33 +112,15 @@ class StageTransition(pl.Callback):
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
         check_run_dir(trainer, pl_module)
         data = trainer.datamodule
-        _set_layout(data, pl_module)
+        set_layout(trainer, pl_module)
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
             return self._set_epochs(trainer, data.total_epochs())
         if data.needs_ranking and not trainer.fast_dev_run:
-            log.info("scoring %d pairs by M_0", len(data.ranking_ids()))
-            inputs = self._m0_inputs(trainer, pl_module)
-            pl_module.m0_logps = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
-            if trainer.limit_train_batches:
-                from_first_rank(lambda: write_table(_m0_path(trainer), pl_module.m0_logps, cache_key(inputs)))
+            score_by_m0(trainer, pl_module)
         data.rank(pl_module.m0_logps)
-
-    @staticmethod
-    def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:
-        data, ids = trainer.datamodule, trainer.datamodule.ranking_ids()
-        return ReferenceInputs(
-            batches=data.batches(ids),
-            rows_digest=lambda: data.store.digest(ids),
-            policy_digest=pl_module.record.digests[0],
-            folder=run_dir(trainer) / "references",
-            numerics=_numerics(trainer, pl_module),
-        )
-
-    def _read_m0(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.datamodule.needs_ranking:
-            key = cache_key(self._m0_inputs(trainer, pl_module))
-            pl_module.m0_logps = from_first_rank(lambda: read_table(_m0_path(trainer), key))
+        if pl_module.fork is not None:
+            adopt(trainer, pl_module, pl_module.fork)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
@@ -148,12 +133,14 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is not None and leaves_files(trainer):
             take_up(trainer, pl_module, stages)
         if record.entered:
-            self._read_m0(trainer, pl_module)
+            read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
-            inputs = self._inputs(trainer, pl_module, pl_module.stage)
-            pl_module.reference.restore(
-                lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
-            )
+            # A fork stands at a stage's end: only a reference that is held back is needed.
+            if trainer.ckpt_path is not None or not self.should_advance(trainer, stages[record.entered]):
+                inputs = stage_inputs(trainer, pl_module, pl_module.stage)
+                pl_module.reference.restore(
+                    lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
+                )
         if pl_module.random_states is not None:
             restore_random_states(pl_module.random_states)
             pl_module.random_states = None
@@ -176,7 +163,7 @@ class StageTransition(pl.Callback):
         if stage.index > 1:
             _leave(trainer, pl_module, pl_module.stage)
         advances = stage.index == 1 or self.should_advance(trainer, stage)
-        inputs = self._inputs(trainer, pl_module, stage)
+        inputs = stage_inputs(trainer, pl_module, stage)
         if advances:
             pl_module.reference.advance(pl_module.policy, stage, inputs)
             record.reference = stage.index - 1
@@ -198,21 +185,6 @@ class StageTransition(pl.Callback):
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
         self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
-
-    @staticmethod
-    def _inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> ReferenceInputs:
-        ids = trainer.datamodule.reference_ids(stage)
-        return ReferenceInputs(
-            batches=trainer.datamodule.batches(ids),
-            rows_digest=lambda: trainer.datamodule.store.digest(ids),
-            # Before the stage is entered it is about to be M_{t-1}; a resumed one may have been held back.
-            policy_digest=pl_module.record.digests[
-                pl_module.record.reference if pl_module.record.entered == stage.index else stage.index - 1
-            ],
-            folder=run_dir(trainer) / "references",
-            numerics=_numerics(trainer, pl_module),
-            known=pl_module.m0_logps if stage.index == 1 else None,
-        )
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """On the first step of a stage: policy and reference must give the same logps.
@@ -285,22 +257,17 @@ class StageTransition(pl.Callback):
             take_up(trainer, pl_module, stages)
             _leave(trainer, pl_module, stages[-1])
             log.info("already complete: %s", run_dir(trainer))
+        elif pl_module.stage is None:
+            log.warning("no step was taken: `trainer.max_steps` or `trainer.max_time` is used up; raise it to go on")
 
     def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        data = trainer.datamodule
-        _set_layout(data, pl_module)
-        self._read_m0(trainer, pl_module)
+        set_layout(trainer, pl_module)
+        read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
         stage = Stage(index, "evaluation", ids, (1,), 0)
-        inputs = ReferenceInputs(
-            batches=trainer.datamodule.batches(ids),
-            rows_digest=lambda: trainer.datamodule.store.digest(ids),
-            policy_digest=pl_module.record.digests[pl_module.record.reference],
-            folder=run_dir(trainer) / "references" / "evaluation",
-            numerics=_numerics(trainer, pl_module),
-        )
+        inputs = evaluation_inputs(trainer, pl_module, ids)
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -322,23 +289,7 @@ def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
     if leaves_files(trainer):
         close_stage(trainer, pl_module, stage)
         failpoint("after_ledger")
-
-
-def _set_layout(data: pl.LightningDataModule, pl_module: pl.LightningModule) -> None:
-    multiple = data.batching.pad_to_multiple_of
-    # A sharded model was looked at when it was read.
-    name = pl_module.exact_layout or exact_layout(pl_module.policy, data.layout, multiple)
-    data.collator = COLLATORS[name](data.pad_token_id, multiple)
-
-
-def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    logps = type(pl_module).compute_logps
-    names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
-    return " ".join(names)
-
-
-def _m0_path(trainer: pl.Trainer) -> Path:
-    return run_dir(trainer) / "references" / "m0.safetensors"
+        exporter(trainer).publish(trainer, pl_module, stage)
 
 
 def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:

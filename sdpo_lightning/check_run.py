@@ -33,7 +33,8 @@ from sdpo_lightning.estimate_inputs import count_ranks, read_model_config, read_
 from sdpo_lightning.estimate_report import disk_bytes
 from sdpo_lightning.exactness import COLLATORS
 from sdpo_lightning.module import DPOLitModule
-from sdpo_lightning.types import ConfigurationError, Stage
+from sdpo_lightning.start import fork_to_begin
+from sdpo_lightning.types import ConfigurationError, ResumeError, Stage
 
 Result = TypeVar("Result")
 Config = Mapping[str, Any]
@@ -59,7 +60,7 @@ def review(
     """
     found = [*_foreign(config)]
     config = {group: _arguments(config[group]) for group in ("trainer", "model", "data")} | {
-        key: config.get(key) for key in ("ckpt_path", "model_config")
+        key: config.get(key) for key in ("ckpt_path", "model_config", "fork", "from_stage")
     }
     # An own class may take fewer settings, and has ours for the others.
     config["data"] = {key: p.default for key, p in _settings().items() if p.default is not p.empty} | config["data"]
@@ -91,7 +92,7 @@ def _arguments(group: Config) -> dict[str, Any]:
 def _tried(found: list[Finding], make: Callable[[], Result]) -> Result | None:
     try:
         return make()
-    except ConfigurationError as error:
+    except (ConfigurationError, ResumeError) as error:
         found.append(Finding("error", " ".join(str(error).split())))
         return None
 
@@ -125,8 +126,11 @@ def _paths(config: Config) -> list[Finding]:
         found.append(Finding("error", f"`trainer.default_root_dir`: {str(_existing(root))!r} can't be written to"))
     if checkpoint is not None and not Path(checkpoint).exists():
         found.append(Finding("error", f"`ckpt_path`: there is no {checkpoint!r}"))
+    fork = _tried(found, lambda: fork_to_begin(config.get("fork"), config.get("from_stage"), Path(root)))
+    if fork is not None:
+        _tried(found, lambda: fork.check(Path(root)))
     stages = Path(root) / "stages"
-    if checkpoint is None and stages.is_dir() and any(stages.iterdir()):
+    if checkpoint is None and fork is None and stages.is_dir() and any(stages.iterdir()):
         found.append(Finding("warning", f"{stages} holds the models of an earlier run"))
     return found
 

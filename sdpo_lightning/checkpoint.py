@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically
 from sdpo_lightning.ranks import from_first_rank
@@ -124,6 +124,7 @@ class StageCheckpoint(ModelCheckpoint):
         self._deferred: list[Any] | None = None
         self._deferred_validation = False
         self._step = 0
+        self._between_steps = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save beside the run's other files, whatever the logger."""
@@ -134,6 +135,8 @@ class StageCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals, and say if the disk is too small; where others keep checkpoints too, delete none."""
         super().on_train_start(trainer, pl_module)
+        # The first micro-batch after a resume doesn't end a step.
+        self._step = trainer.global_step
         self._rotates &= all(callback is self for callback in trainer.checkpoint_callbacks)
         environment = trainer._accelerator_connector.cluster_environment
         # A requeueing SLURM job has its own way to end.
@@ -177,18 +180,22 @@ class StageCheckpoint(ModelCheckpoint):
         if trainer.is_last_batch:
             self._deferred = [outputs, batch, batch_idx]
             return
-        if trainer.global_step == self._step:
+        self._between_steps = trainer.global_step != self._step
+        if not self._between_steps:
             return
         self._step = trainer.global_step
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps, False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, unless the epoch ends here."""
+        """Save, unless the epoch ends here; also where a callback stops the run by what was measured."""
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._deferred_validation = True
-        else:
-            super().on_validation_end(trainer, pl_module)
+            return
+        super().on_validation_end(trainer, pl_module)
+        unsaved = self._last_global_step_saved != trainer.global_step and self._between_steps
+        if trainer.state.fn == "fit" and trainer.should_stop and unsaved:
+            self._after_step(trainer, True, False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was due, then what is due at an epoch's end; not after a stop inside the epoch."""
@@ -204,6 +211,19 @@ class StageCheckpoint(ModelCheckpoint):
         stage = pl_module.stage
         ends = trainer.current_epoch + 1 == stage.first_epoch + stage.epochs and self.save_top_k != 0
         self._after_step(trainer, False, ends)
+
+
+def keep_patience_(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Have EarlyStopping's `patience` be that of this run: Lightning would take the checkpoint's without a word.
+
+    Args:
+        checkpoint: about to be restored; changed in place.
+        trainer: of this run.
+    """
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience
 
 
 def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:

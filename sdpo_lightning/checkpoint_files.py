@@ -164,7 +164,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
                 log.warning("damaged: %s; going on from %s", "; ".join(damaged), path)
             return path
         damaged.append(f"{path} ({problem})")
-    if damaged or any(stage.status == "done" for stage in ledger.stages):
+    if damaged or any(stage.status == "done" for stage in ledger.own_stages):
         raise ResumeError(
             f"{run_dir / LEDGER} tells of a run that has begun, and no checkpoint of it is valid: "
             f"{'; '.join(damaged) or 'there is none'}; restore one, or start anew in another `trainer.default_root_dir`"

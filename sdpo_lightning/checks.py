@@ -201,7 +201,8 @@ def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if pl_module.record.entered:
         raise ConfigurationError("this module has trained already; make a new one, or give `ckpt_path` to go on")
     stages = Path(trainer.default_root_dir) / "stages"
-    if from_first_rank(lambda: stages.exists() and any(stages.iterdir())):
+    # Of a fork, what an earlier start left has been looked at.
+    if pl_module.fork is None and from_first_rank(lambda: stages.exists() and any(stages.iterdir())):
         raise ConfigurationError(
             f"{stages} holds the models of an earlier run; set another `trainer.default_root_dir`, or `ckpt_path` "
             "to go on with that run"

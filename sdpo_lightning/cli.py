@@ -19,20 +19,17 @@ from typing import Any, Literal, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from sdpo_lightning.checkpoint_files import find_checkpoint, problem_of
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
 from sdpo_lightning.redaction import HidesSecrets, hide_in_config, hide_in_text
-from sdpo_lightning.run_lock import check_free
+from sdpo_lightning.start import checkpoint_to_go_on_from, fork_to_begin
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
 
@@ -208,30 +205,19 @@ class CurriculumCLI(LightningCLI):
         if checkpoint is not None and not Path(checkpoint).exists():
             raise ConfigurationError(f"`ckpt_path`: there is no {checkpoint!r}")
         if self.subcommand == "fit":
-            self._go_on_from = self._checkpoint_to_go_on_from(checkpoint)
-
-    def _checkpoint_to_go_on_from(self, given: str | None) -> str | None:
-        run_dir, resume = Path(self.config.fit.trainer.default_root_dir), self.config.fit.resume
-        if self.config.fit.trainer.fast_dev_run:
-            return given
-        if rank_zero_only.rank == 0:
-            check_free(run_dir)
-        if given is not None:
-            if (problem := problem_of(Path(given), required=False)):
-                raise ResumeError(f"`ckpt_path`: {given} is damaged: {problem}; take another one of the run")
-            return given
-        if SLURMEnvironment.detect() and any(run_dir.glob("hpc_ckpt_*.ckpt")):
-            # Lightning's own way, for jobs that requeue themselves.
-            return None
-        found = find_checkpoint(run_dir, resume)
-        if found is not None and rank_zero_only.rank == 0:
-            print(f"going on from {found}")
-        return None if found is None else str(found)
+            config, run_dir = self.config.fit, Path(trainer.default_root_dir)
+            self._go_on_from = checkpoint
+            if not trainer.fast_dev_run:
+                self._go_on_from = checkpoint_to_go_on_from(run_dir, checkpoint, config.resume)
+            # A fork that has a checkpoint is a run like any other.
+            begins = self._go_on_from is None
+            self._fork = fork_to_begin(config.fork, config.from_stage, run_dir) if begins else None
 
     def before_fit(self) -> None:
         """Go on where the run directory says; not in the config, so that a checkpoint's settings override nothing."""
         self.config_init.fit.ckpt_path = self._go_on_from
         self.model.goes_on_from = self._go_on_from
+        self.model.fork = self._fork
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--resume`, to all verbs, so that a run's `config.yaml` serves them all."""
@@ -241,6 +227,8 @@ class CurriculumCLI(LightningCLI):
             default="auto",
             help="fit: go on with the run in `trainer.default_root_dir`, or refuse a folder that isn't empty.",
         )
+        parser.add_argument("--fork", type=str | None, help="fit: another run, or a model folder taken for M_{t-1}.")
+        parser.add_argument("--from-stage", type=int | None, help="fit: t, the first stage that a fork trains.")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would have a checkpoint's hyper-parameters override the command line without a word."""

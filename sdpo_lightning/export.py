@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning.pytorch as pl
+from huggingface_hub import HfApi
 
 from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.card import CardFacts, CardSource, model_card, stage_metrics, use_lines
+from sdpo_lightning.data.sources import PreferenceSource
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger
-from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.ranks import from_first_rank, is_first, together
 from sdpo_lightning.types import Stage
 
 log = logging.getLogger(__name__)
 
 
 class StageExport(pl.Callback):
-    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder."""
+    """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder.
+
+    Args:
+        push_to_hub: `user/name`: upload each M_t as the private repository `user/name-0t-<stage name>`. The login is
+            that of `hf auth login`. A failure is a warning: it never ends the run.
+    """
+
+    def __init__(self, push_to_hub: str | None = None) -> None:
+        self.push_to_hub = push_to_hub
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
         """Write M_t, the policy at this moment, and record its digest.
@@ -35,20 +47,82 @@ class StageExport(pl.Callback):
         target, tokenizer = run_dir(trainer) / folder, trainer.datamodule.tokenizer
         merged = target.with_name(f"{target.name}-merged")
         merges = pl_module.lora is not None and pl_module.lora.export_merged
-        if from_first_rank(lambda: _is_there(run_dir(trainer), stage, digest) and (not merges or merged.is_dir())):
-            log.info("M_%d is there already, in %s", stage.index, folder)
+        found = from_first_rank(lambda: _adopted(run_dir(trainer), stage, digest))
+        # A parent's folder is only read.
+        if found is not None and (not merges or Path(found).is_absolute() or from_first_rank(merged.is_dir)):
+            pl_module.record.folders[stage.index] = found
+            log.info("M_%d is there already, in %s", stage.index, found)
             return
         failpoint("before_export")
-        save_hf(pl_module.policy, target, tokenizer)
+        card = from_first_rank(lambda: model_card(_facts(trainer, pl_module, stage)))
+        save_hf(pl_module.policy, target, tokenizer, card)
         if merges:
             save_merged(pl_module.policy, merged, tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
         failpoint("after_export")
 
+    def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Say how M_T is used, once the plan is complete; with `push_to_hub` upload M_t. A collective.
 
-def _is_there(run_dir: Path, stage: Stage, digest: str) -> bool:
+        Args:
+            trainer: gives the run directory.
+            pl_module: its record knows M_t's folder.
+            stage: a finished one.
+        """
+        folder = run_dir(trainer) / pl_module.record.folders[stage.index]
+        if stage.index == len(trainer.datamodule.stages()):
+            for line in use_lines(str(folder), pl_module.model_name_or_path, pl_module.lora is not None):
+                log.info("  %s", line)
+        # What a fork adopted is its parent's.
+        if self.push_to_hub is not None and not Path(pl_module.record.folders[stage.index]).is_absolute():
+            name = f"{self.push_to_hub}-{stage.folder_name}"
+            together((lambda: push(folder, name)) if is_first() else None)
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder as a private repository; what goes wrong is said and no more."""
+    try:
+        api = HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s wasn't pushed to the hub: %s", folder, " ".join(str(error).split()) or type(error).__name__)
+    else:
+        log.info("%s is on the hub, private, as %s", folder, name)
+
+
+def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> CardFacts:
+    data, record, base = trainer.datamodule, pl_module.record, pl_module.model_name_or_path
+    indices = sorted({pair_id >> 40 for pair_id in stage.pair_ids})
+    is_hub, ledger = not Path(base).exists(), Ledger.read(run_dir(trainer))
+    return CardFacts(
+        index=stage.index,
+        num_stages=len(data.stages()),
+        stage=stage.name,
+        pairs=len(stage.pair_ids),
+        data_digest="" if ledger is None else ledger.stages[stage.index - 1].data,
+        base=base if is_hub else Path(base).name,
+        base_is_hub=is_hub,
+        base_digest=record.digests[0],
+        digest=record.digests[stage.index],
+        reference="S" if record.reference == 0 else f"M_{record.reference}",
+        reference_digest=record.digests[record.reference],
+        is_adapter=pl_module.lora is not None,
+        sources=[_card_source(data.sources[index]) for index in indices],
+        settings=pl_module.settings(),
+        metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
+        versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
+    )
+
+
+def _card_source(source: PreferenceSource) -> CardSource:
+    is_hub = not Path(source.path).exists()
+    return CardSource(source.name, source.path if is_hub else Path(source.path).name, is_hub)
+
+
+def _adopted(run_dir: Path, stage: Stage, digest: str) -> str | None:
     ledger = Ledger.read(run_dir)
-    return ledger is not None and ledger.adopts(run_dir, stage.index, digest)
+    return None if ledger is None else ledger.adopts(run_dir, stage.index, digest)
 
 
 def exporter(trainer: pl.Trainer) -> StageExport:

@@ -36,7 +36,7 @@ def publish(staging: Path, path: Path) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    for folder in (run_dir, *(run_dir / name for name in ("checkpoints", "stages", "references"))):
+    for folder in (run_dir, *(run_dir / name for name in ("checkpoints", "stages", "references", "random_states"))):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -21,12 +21,18 @@ from sdpo_lightning.sharding import is_sharded, whole_tensors
 _LEAST_FILE, _MOST_FILE = 2**24, 2**32
 
 
-def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str = "") -> None:
     """Write a Hugging Face folder (safetensors, configs, tokenizer) that appears whole or not at all. A collective.
 
     Rank 0 writes. Weights keep the master dtype: a later reference must be these very numbers. Shards stream to rank
     0, which never holds more than one file of them. Of a model with adapters the folder holds the adapter alone, for
     `peft.PeftModel.from_pretrained`.
+
+    Args:
+        backbone: the model.
+        folder: its place.
+        tokenizer: goes with it.
+        card: its README.md; none if empty. Of rank 0.
 
     Raises:
         OSError: what rank 0 met, on all ranks.
@@ -46,6 +52,8 @@ def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokeniz
             _stream(backbone, staging)
         failpoint("mid_export")
         from_first_rank(lambda: tokenizer.save_pretrained(staging))
+        if card:
+            from_first_rank(lambda: _write_card(staging, card))
 
 
 def save_merged(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,6 +62,10 @@ def save_merged(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTok
     with new_folder(folder) as staging:
         from_first_rank(lambda: backbone.model.save_pretrained(staging, state_dict=state))
         from_first_rank(lambda: tokenizer.save_pretrained(staging))
+
+
+def _write_card(staging: Path, card: str) -> None:
+    (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def _is_converted(backbone: CausalBackbone) -> bool:

@@ -35,6 +35,21 @@ class Weights:
     files_sha256: str | None = None
 
 
+@dataclass(frozen=True)
+class Parent:
+    """What a fork began from.
+
+    Attributes:
+        run: the run directory, or a plain model folder that stands for all of M_1 ... M_{t-1}.
+        from_stage: t, the first stage of the fork's own.
+        sha256: of the parent's ledger at that time; None for a plain folder.
+    """
+
+    run: str
+    from_stage: int
+    sha256: str | None
+
+
 @dataclass
 class LedgerStage:
     """What the ledger says of one stage.
@@ -48,6 +63,7 @@ class LedgerStage:
         reference: M_{t-1}, or what the reference was held back at.
         output: M_t, once the stage is done.
         status: `open` before that, then `done`.
+        steps: optimizer steps of the run up to the stage's end, once it is done.
     """
 
     index: int
@@ -58,6 +74,7 @@ class LedgerStage:
     reference: Weights
     output: Weights | None = None
     status: Literal["open", "done"] = "open"
+    steps: int = 0
 
 
 @dataclass
@@ -69,12 +86,14 @@ class Ledger:
         plans: sha256 of each plan that this run had; a plan may grow at its end.
         checkpoints: folders of checkpoints.
         stages: the stages that have begun, in order.
+        parent: of a fork; its models lie there.
     """
 
     plan: dict[str, Any]
     plans: list[str]
     checkpoints: list[str]
     stages: list[LedgerStage] = field(default_factory=list)
+    parent: Parent | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> Ledger | None:
@@ -88,8 +107,8 @@ class Ledger:
             return None
         try:
             content = json.loads(path.read_text())
-            stages = content.pop("stages")
-            ledger = cls(**content)
+            stages, parent = content.pop("stages"), content.pop("parent", None)
+            ledger = cls(**content, parent=None if parent is None else Parent(**parent))
             for row in stages:
                 reference, output = row.pop("reference"), row.pop("output")
                 made = None if output is None else Weights(**output)
@@ -135,14 +154,18 @@ class Ledger:
                     f"{entry.sha256[:12]} in {LEDGER}: it is of another run"
                 )
 
-    def adopts(self, run_dir: Path, index: int, digest: str) -> bool:
-        """Whether M_index lies on the disk as it was recorded, and is the model of this digest."""
+    @property
+    def own_stages(self) -> list[LedgerStage]:
+        """Those that this run trained, not its parent."""
+        return self.stages if self.parent is None else self.stages[self.parent.from_stage - 1 :]
+
+    def adopts(self, run_dir: Path, index: int, digest: str) -> str | None:
+        """The folder of M_index if it lies on the disk as it was recorded, and is the model of this digest."""
         entry = self.stages[index - 1] if index <= len(self.stages) else None
         output = entry.output if entry is not None else None
         if output is None or output.sha256 != digest or output.folder is None:
-            return False
-        folder = run_dir / output.folder
-        return folder.is_dir() and file_digest(folder) == output.files_sha256
+            return None
+        return output.folder if is_intact(run_dir, output) else None
 
     def back_to(self, run_dir: Path, entered: int, done: int) -> list[str]:
         """Forget what lies behind a checkpoint, and move its folders to `stale/`.
@@ -163,6 +186,13 @@ class Ledger:
             stage.output, stage.status = None, "open"
         del self.stages[entered:]
         return moved
+
+
+def is_intact(run_dir: Path, weights: Weights) -> bool:
+    """Whether a recorded folder holds the files that it was recorded with."""
+    assert weights.folder is not None, "S is not the run's"
+    folder = run_dir / weights.folder
+    return folder.is_dir() and file_digest(folder) == weights.files_sha256
 
 
 def set_aside(run_dir: Path, path: Path) -> bool:

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter
+from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter, model_digest
 from sdpo_lightning.adapters import LoraSettings, check_checkpoint, into_checkpoint_
 from sdpo_lightning.backbone import (
     CausalBackbone,
@@ -24,15 +24,17 @@ from sdpo_lightning.backbone import (
 )
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.checkpoint import StageCheckpoint, refuse_plain_checkpoints
+from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_plain_checkpoints
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
+from sdpo_lightning.fork import Fork
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.logs import MetricsLog, StageProgress
+from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
@@ -117,6 +119,8 @@ class DPOLitModule(StageOptimization):
         self.execution = Execution(gradient_checkpointing, offload_activations, compile_layers, liger)
         self.policy: CausalBackbone | None = None
         self.exact_layout: LayoutName | None = None
+        # A run that goes on from another one's M_{t-1}; set it before `fit`.
+        self.fork: Fork | None = None
         # The checkpoint that the command line found on this rank's disk.
         self.goes_on_from: str | None = None
         self.record = StageRecord()
@@ -187,20 +191,22 @@ class DPOLitModule(StageOptimization):
         index = self.record.reference
         folder = self.record.folders.get(index)
         path = self.model_name_or_path if folder is None else str(run_dir / folder)
-        if self.lora is not None:
-            frozen = frozen_adapter(self.policy, None if folder is None else run_dir / folder)
-            check_reference_digest(index, path, frozen.digest(), self.record.digests[index])
-            return frozen
         if folder is not None and not from_first_rank((run_dir / folder).is_dir):
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
         try:
-            weights = self._load(path).to(self.device)
+            weights = self.read_model(None if folder is None else run_dir / folder)
         except (ConfigurationError, OSError, SafetensorError) as error:
             if folder is None:
                 raise
             raise ResumeError(f"reference M_{index} sha mismatch: {path} is damaged ({error})") from error
-        check_reference_digest(index, path, weights_digest(weights), self.record.digests[index])
+        check_reference_digest(index, path, model_digest(weights), self.record.digests[index])
         return weights
+
+    def read_model(self, folder: Path | None) -> nn.Module:
+        """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
+        if self.lora is not None:
+            return frozen_adapter(self.policy, folder)
+        return self._load(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
@@ -330,5 +336,8 @@ class DPOLitModule(StageOptimization):
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
+            keep_patience_(checkpoint, self.trainer)
+            now = self.trainer.accumulate_grad_batches
+            rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
         self.random_states = checkpoint["random_states"]

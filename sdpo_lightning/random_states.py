@@ -1,14 +1,17 @@
-"""Rank 1: the random states of all ranks, for checkpoints that resume exactly."""
+"""Rank 2: the random states of all ranks, for checkpoints that resume exactly."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from sdpo_lightning.files import publish
 
 
 def collect_random_states() -> list[dict[str, Any]]:
@@ -47,3 +50,21 @@ def restore_random_states(states: Sequence[dict[str, Any]]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def states_path(run_dir: Path, stage_index: int) -> Path:
+    """Where a run keeps the states that a stage ended with."""
+    return run_dir / "random_states" / f"{stage_index:02d}.pt"
+
+
+def write_random_states(path: Path, states: Sequence[dict[str, Any]]) -> None:
+    """Write the states of all ranks to a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    torch.save(list(states), staging)
+    publish(staging, path)
+
+
+def read_random_states(path: Path) -> list[dict[str, Any]] | None:
+    """Read what `write_random_states` wrote; None if there is none."""
+    return torch.load(path, weights_only=True) if path.exists() else None

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import file_digest, sweep
-from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Weights
+from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Weights, is_intact
+from sdpo_lightning.random_states import collect_random_states, states_path, write_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.run_lock import RunLock
 from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
@@ -64,6 +65,8 @@ def open_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage)
 def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
     """Commit that M_t is written. A collective."""
     digest, folder = pl_module.record.digests[stage.index], pl_module.record.folders[stage.index]
+    # A finished run that is taken up again hasn't restored them.
+    states = pl_module.random_states or collect_random_states()
 
     def commit() -> None:
         ledger = Ledger.read(run_dir(trainer))
@@ -71,7 +74,9 @@ def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage
         entry = ledger.stages[stage.index - 1]
         output = Weights(folder, digest, file_digest(run_dir(trainer) / folder))
         if (entry.output, entry.status) != (output, "done"):
-            entry.output, entry.status = output, "done"
+            # For forks, which begin here.
+            write_random_states(states_path(run_dir(trainer), stage.index), states)
+            entry.output, entry.status, entry.steps = output, "done", trainer.global_step
             ledger.write(run_dir(trainer))
 
     from_first_rank(commit)
@@ -117,8 +122,7 @@ def _warn_of_an_altered_reference(folder: Path, ledger: Ledger, record: StageRec
     for stage in ledger.stages:
         made = stage.output
         if stage.index == record.reference and made is not None and made.folder is not None:
-            found = file_digest(folder / made.folder) if (folder / made.folder).is_dir() else None
-            if found != made.files_sha256:
+            if not is_intact(folder, made):
                 log.warning("%s isn't as the run left it: M_%d is altered or gone", folder / made.folder, stage.index)
 
 

@@ -24,6 +24,7 @@ from sdpo_lightning import (
     AdapterReference,
     CachedReference,
     DPOLitModule,
+    Fork,
     FSDP2Strategy,
     LoraSettings,
     PreferenceSource,
@@ -108,6 +109,19 @@ def offloaded(out, model, run):
     """The reference's shards wait on the CPU."""
     reference = ResidentReference(offload=True)
     fit(run, model, sources(out), reference=reference, trainer_args=_trainer(**CLIPPED), **DATA)
+    return {}
+
+
+def forked(out, model, run):
+    """Goes on from the first stage of `resident`."""
+
+    def make(*args, **kwargs):
+        module = DPOLitModule(*args, **kwargs)
+        module.fork = Fork(str(out / "resident"), 2)
+        return module
+
+    trainer_args = _trainer(**CLIPPED)
+    fit(run, model, sources(out), module_class=make, trainer_args=trainer_args, **DATA)
     return {}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import make_rows, write_jsonl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from runs import assert_same_weights, fit, losses, metrics, weights
+from runs import assert_same_weights, fit, losses, metrics, reproducible, weights
 from safetensors.torch import load_file
 from sharded_script import CLIPPED, DATA, sources
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -35,8 +35,8 @@ from sdpo_lightning.types import ConfigurationError
 TESTS = Path(__file__).resolve().parent
 ADAPTER = "adapter_model.safetensors"
 TWO = (
-    "resident tied cached offloaded experts bf16 lora lora_bf16 lora_whole lora_resumed whole resumed dora dora_ddp "
-    "rank_limited frozen_on_one other_adapters checkpointed"
+    "resident forked tied cached offloaded experts bf16 lora lora_bf16 lora_whole lora_resumed whole resumed dora "
+    "dora_ddp rank_limited frozen_on_one other_adapters checkpointed"
 ).split()
 
 
@@ -135,6 +135,14 @@ def test_a_swap_moves_nothing_between_ranks(out, scenario):
 def test_the_swap_came_behind_a_validation(out):
     # Once at the end of each stage.
     assert _facts(out, "resident")["validated"] == 2
+
+
+def test_a_fork_of_a_sharded_run(out):
+    _facts(out, "forked")
+    [last] = (out / "forked" / "stages").iterdir()
+    assert_same_weights(last, out / "resident" / "stages" / last.name)
+    later = [row for row in reproducible(out / "resident") if row["stage/index"] == "2"]
+    assert reproducible(out / "forked") == later and len(later) > 1
 
 
 def test_replicas_of_shards(out):

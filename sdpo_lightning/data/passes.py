@@ -13,6 +13,7 @@ from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
+from sdpo_lightning.loop_progress import ACCUMULATE, AT_ONCE
 from sdpo_lightning.types import Chunk, ResumeError, Stage
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Batching:
         """What a resumed run must agree on."""
         by_tokens = self.batch_tokens is not None
         return {
-            "data.batch_size x processes": (1 if by_tokens else self.batch_size) * world_size,
+            AT_ONCE: (1 if by_tokens else self.batch_size) * world_size,
             "data.batch_tokens": self.batch_tokens,
             "data.pad_to_multiple_of": self.pad_to_multiple_of if by_tokens else None,
             "data.bucket_window": self.bucket_window,
@@ -84,7 +85,7 @@ class Passes:
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on."""
         return {
-            "trainer.accumulate_grad_batches": self.accumulate,
+            ACCUMULATE: self.accumulate,
             "trainer.limit_train_batches": self.limit,
             **self.batching.plan(self.world_size),
         }

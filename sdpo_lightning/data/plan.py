@@ -15,6 +15,7 @@ from sdpo_lightning.data.curriculum import chunks_by_source, compare_plans
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.prepare import SourceReport
 from sdpo_lightning.data.rows import row_number
+from sdpo_lightning.loop_progress import with_step_pairs
 from sdpo_lightning.types import Chunk, ResumeError
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class DataPlan:
         """
         saved, entered = state["plan"], state["entered"]
         count = len(saved["data.stages"]) if self.flexible else len(self.groups)
-        compare_plans(saved, {**self.settings, "data.stages": [list(group) for group in self.groups[:count]]})
+        given = {**self.settings, "data.stages": [list(group) for group in self.groups[:count]]}
+        compare_plans(*with_step_pairs(saved, given))
         altered = _check_rows(state["rows"], self.rows, chunks, entered, self.flexible)
         if not altered and len(self.groups) == count:
             return chunks

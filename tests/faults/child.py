@@ -10,11 +10,13 @@ import sys
 import time
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
+from lightning.pytorch.callbacks import timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sdpo_lightning import DPOLitModule, StageCheckpoint, callbacks, export, module
@@ -173,6 +175,16 @@ class Signals(pl.Callback):
         """Within the validation at the end of stage 2."""
         if trainer.current_epoch == 1:
             self._at("validation")
+
+
+class Hour(pl.Callback):
+    """Lets an hour pass by the clock within step 5, which lies in stage 2."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        """Set the clock forward, once."""
+        if trainer.global_step == 4:
+            monotonic = time.monotonic
+            timer.time = SimpleNamespace(monotonic=lambda: monotonic() + 3600)
 
 
 class Checkpoints(StageCheckpoint):
