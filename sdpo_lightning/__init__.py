@@ -14,6 +14,7 @@ _HOMES = {
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",
     "Fork": "fork",
+    "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",
     "ReferencePolicy": "reference",
     "ResidentReference": "reference",
@@ -24,6 +25,7 @@ _HOMES = {
     "PairLogps": "types",
     "Chunk": "types",
     "Stage": "types",
+    "StageSettings": "types",
 }
 
 __all__ = list(_HOMES)

@@ -5,26 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 from contextlib import nullcontext
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sdpo_lightning.adapters import (
-    TRAINED,
-    LoraSettings,
-    adapter_state,
-    add_adapters,
-)
+from sdpo_lightning.adapters import TRAINED, LoraSettings, adapter_state, add_adapters
 from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
@@ -183,6 +175,7 @@ def load_policy(
     disable_dropout: bool = True,
     logits_budget_mb: float = 256.0,
     quantization: QuantizationName | None = None,
+    allow_bin_weights: bool = False,
 ) -> CausalBackbone:
     """Load a causal LM with fp32 master weights, whatever the file's dtype.
 
@@ -191,17 +184,20 @@ def load_policy(
         disable_dropout: set every dropout probability to 0.
         logits_budget_mb: most MiB of fp32 logits that exist at once.
         quantization: of the linear layers, which then can't be trained; they are quantised on the default device.
+        allow_bin_weights: where there are no safetensors, read pickled weights: tensors only, no code of theirs runs.
 
     Raises:
         ConfigurationError: the model can't be read.
     """
     config = _read_config(model_name_or_path, disable_dropout)
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+
+    def read(use_safetensors: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=torch.float32,
-            use_safetensors=True,
+            use_safetensors=use_safetensors,
+            weights_only=True,
             trust_remote_code=False,
             attn_implementation=_attention_of(config),
             output_loading_info=True,
@@ -209,6 +205,17 @@ def load_policy(
             # Else a quantised model goes to the GPU, whatever the Trainer's device.
             device_map=quantization and {"": torch.get_default_device()},
         )
+
+    try:
+        try:
+            model, loading = read(True)
+        except OSError:
+            if not allow_bin_weights:
+                raise
+            model, loading = read(False)
+    except UnpicklingError as error:
+        held = "holds more than tensors, which might be code, and none of it was run; convert it to safetensors"
+        raise ConfigurationError(f"`model.model_name_or_path`: {model_name_or_path!r} {held}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise _no_model(model_name_or_path, error) from error
     absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -266,7 +273,7 @@ def load_skeleton(
 def _no_model(model_name_or_path: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
         f"`model.model_name_or_path`: no causal LM with safetensors weights at {model_name_or_path!r}: "
-        f"{str(error).splitlines()[0]}"
+        f"{str(error).splitlines()[0]} (`model.allow_bin_weights: true` also takes pytorch_model.bin)"
     )
 
 

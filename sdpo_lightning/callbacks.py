@@ -30,6 +30,7 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
+from sdpo_lightning.difficulty_reference import score_by_reference
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
@@ -71,7 +72,8 @@ class StageTransition(pl.Callback):
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
         check_strategy(trainer, pl_module)
-        from_first_rank(lambda: check_vocabulary(trainer.datamodule.tokenizer, pl_module.model_name_or_path))
+        for path in filter(None, (pl_module.model_name_or_path, trainer.datamodule.difficulty_reference)):
+            from_first_rank(lambda path=path: check_vocabulary(trainer.datamodule.tokenizer, path))
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
@@ -91,7 +93,7 @@ class StageTransition(pl.Callback):
         check_trainer(trainer)
         if pl_module.fork is not None and trainer.ckpt_path is None:
             from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
-        if not trainer.datamodule.merge_ties:
+        if trainer.datamodule.staging.knows_epochs:
             self._set_epochs(trainer, trainer.datamodule.total_epochs())
         if leaves_files(trainer):
             lock_run(trainer, self._lock)
@@ -116,9 +118,11 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
             return self._set_epochs(trainer, data.total_epochs())
+        rival = None
         if data.needs_ranking and not trainer.fast_dev_run:
+            rival = score_by_reference(trainer, pl_module)
             score_by_m0(trainer, pl_module)
-        data.rank(pl_module.m0_logps)
+        data.rank(pl_module.m0_logps, rival)
         if pl_module.fork is not None:
             adopt(trainer, pl_module, pl_module.fork)
 
@@ -175,7 +179,8 @@ class StageTransition(pl.Callback):
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
-        if stage.index > 1:
+        if stage.index > 1 or stage.settings.given():
+            # Those of stage 1 are made before the plan is.
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
@@ -266,7 +271,7 @@ class StageTransition(pl.Callback):
         set_layout(trainer, pl_module)
         read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
-        stage = Stage(index, "evaluation", ids, (1,), 0)
+        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, trainer.datamodule.settings_of(index))
         inputs = evaluation_inputs(trainer, pl_module, ids)
         pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
 

@@ -64,7 +64,9 @@ def stage_lines(stages: Sequence[Stage], ordered: bool) -> list[Finding]:
     found = [] if ordered else [Finding("info", "the order of the stages is M_0's to decide; here as given")]
     for row in (stage.row() for stage in stages):
         steps = f"{row['pairs']} pairs, {row['epochs']} epochs, {row['steps']} optimizer steps"
-        found.append(Finding("info", f"stage {row['index']} {row['name']!r}: {steps}"))
+        own = "".join(f", {key} {value:g}" if isinstance(value, float) else f", {key} {value}"
+                      for key, value in row["settings"].items())
+        found.append(Finding("info", f"stage {row['index']} {row['name']!r}: {steps}{own}"))
     return found
 
 

@@ -17,16 +17,16 @@ from sdpo_lightning.adapters import LoraSettings
 from sdpo_lightning.check_report import pair_lines, source_lines, stage_lines
 from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
-from sdpo_lightning.data.curriculum import cut_into_chunks, epochs_of, stage_plan
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.overlap import read_evaluation
-from sdpo_lightning.data.passes import Passes
+from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.rows import row_number
 from sdpo_lightning.data.sources import prompt_texts
+from sdpo_lightning.data.stage_settings import read_stage_settings
 from sdpo_lightning.data.survey import survey
 from sdpo_lightning.estimate import GIB
 from sdpo_lightning.estimate_inputs import count_ranks, read_model_config, read_run
@@ -98,6 +98,10 @@ def _tried(found: list[Finding], make: Callable[[], Result]) -> Result | None:
 
 
 def _foreign(config: Config) -> Iterator[Finding]:
+    function = str(_arguments(config["data"]).get("difficulty"))
+    if "." in function and function.partition(".")[0] not in _KNOWN_PACKAGES:
+        text = f"`data.difficulty` names the function {function!r}: its code will run; make sure that you know it"
+        yield Finding("warning", text)
     for key, path in _class_paths(config, ""):
         if path.partition(".")[0] not in _KNOWN_PACKAGES:
             yield Finding("warning", f"`{key}` names the class {path!r}: its code will run; make sure that you know it")
@@ -147,7 +151,8 @@ def _settings() -> Mapping[str, inspect.Parameter]:
 def _data_module(data: Config) -> CurriculumDataModule:
     """Ours, whichever class the run has: for the checks that it makes."""
     given = {key: value for key, value in data.items() if key in _settings()}
-    return CurriculumDataModule(**given | {"sources": [PreferenceSource(**source) for source in data["sources"]]})
+    given["sources"] = [PreferenceSource(**source) for source in data["sources"]]
+    return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 
 def _check_model(config: Config) -> None:
@@ -168,7 +173,7 @@ def _prepare(
     tokenize = _tried(found, lambda: PairTokenizer(tokenizer, module.max_length, module.on_long_prompt))
     if tokenize is None:
         return None
-    how = Preparation(tokenize, module.on_bad_row, module.num_proc)
+    how = Preparation(tokenize, module.on_bad_row, module.num_proc, stages=module.staging.names())
     before = len(found)
     prepared = _tried(found, lambda: prepare_sources(module.sources, how))
     if prepared is None:
@@ -207,7 +212,7 @@ def _describe(
             found.append(Finding("info", "\n".join(lines)))
     found += survey(parts, reports, module.on_val_overlap)
     stages = _tried(found, lambda: _stages(config, module, reports, store))
-    ordered = module.order == "given" and not module.merge_ties
+    ordered = not module.staging.needs_ranking
     return found + ([] if stages is None else stage_lines(stages, ordered or len(stages) == 1))
 
 
@@ -230,7 +235,7 @@ def _stages(
 ) -> list[Stage]:
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
     ids = {report.name: report.chunk_ids for report in reports}
-    chunks = cut_into_chunks(module.partition_kind, module.groups, ids, module.seed)
+    chunks = module.staging.cut(module.staging.groups, ids)
     passes = Passes(
         store,
         # Where the model needs another layout and micro-batches go by tokens, the steps may be more.
@@ -241,8 +246,7 @@ def _stages(
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         limit=1.0 if limit is None else limit,
     )
-    steps = [passes.epoch_steps(chunk, epochs_of(module.epochs_per_stage, chunk.name)) for chunk in chunks]
-    return stage_plan(chunks, steps)
+    return plan_stages(chunks, module.staging, passes)
 
 
 def _disk(config: Config, pairs: int | None) -> list[Finding]:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
+from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
@@ -15,12 +16,16 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically
+from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically, sweep_checkpoints
+from sdpo_lightning.checkpoint_writes import BackgroundWrites
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
 log = logging.getLogger(__name__)
+
+# Seconds that a failed run waits for the checkpoint in the background.
+_PATIENCE = 600.0
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -31,13 +36,22 @@ class DurableCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Write one.
 
+        Args:
+            checkpoint: what Lightning has collected.
+            path: of the file.
+            storage_options: `BackgroundWrites`; None returns when all is on the disk.
+
         Raises:
             ConfigurationError: it lacks what a resume needs.
             OSError: it can't be written.
         """
         if "stage_record" not in checkpoint:
             raise ConfigurationError("the checkpoint has no stage record: `on_save_checkpoint` must call `super()`'s")
-        save_file_atomically(checkpoint, Path(path))
+        if isinstance(storage_options, BackgroundWrites):
+            held = storage_options.hold(checkpoint)
+            storage_options.begin(lambda: save_file_atomically(held, Path(path)))
+        else:
+            save_file_atomically(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -85,6 +99,7 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_epochs: epochs between saves; the default is 1 if no other trigger is given.
         every_minutes: minutes between saves, as `train_time_interval`.
         keep_last: checkpoints that stay, where neither `monitor` nor `save_top_k` says otherwise.
+        writes: how a checkpoint that is due in the middle of a stage is written; None lets training wait for the disk.
     """
 
     def __init__(
@@ -100,6 +115,7 @@ class StageCheckpoint(ModelCheckpoint):
         every_n_epochs: int | None = None,
         every_minutes: float | None = None,
         keep_last: int = 1,
+        writes: BackgroundWrites | None = None,
     ) -> None:
         if keep_last < 1:
             raise ConfigurationError(f"`keep_last` of StageCheckpoint is {keep_last}, expected at least 1")
@@ -125,6 +141,10 @@ class StageCheckpoint(ModelCheckpoint):
         self._deferred_validation = False
         self._step = 0
         self._between_steps = False
+        self.writes = writes
+        # Whether one is being written, the same on all ranks; and what goes once it is there.
+        self._under_way = False
+        self._outdated: list[str] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save beside the run's other files, whatever the logger."""
@@ -137,6 +157,8 @@ class StageCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         # The first micro-batch after a resume doesn't end a step.
         self._step = trainer.global_step
+        # The run directory is swept when it is locked; a `dirpath` of its own may lie elsewhere.
+        from_first_rank(lambda: sweep_checkpoints(Path(self.dirpath or "")))
         self._rotates &= all(callback is self for callback in trainer.checkpoint_callbacks)
         environment = trainer._accelerator_connector.cluster_environment
         # A requeueing SLURM job has its own way to end.
@@ -164,14 +186,75 @@ class StageCheckpoint(ModelCheckpoint):
         asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
         if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
             assert self.dirpath is not None
+            _settle_all(trainer)
             name = f"{'stage-end' if ends else 'stopped'}-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(Path(self.dirpath) / name)
             self._last_global_step_saved = trainer.global_step
-        if self._rotates and self._last_global_step_saved == trainer.global_step:
-            from_first_rank(lambda: keep_newest(Path(self.dirpath or ""), self.keep_last))
+        if self._under_way:
+            # Asked of all at each step: an error must end the same step everywhere.
+            waits = stops or ends or asked
+            if waits or trainer.strategy.reduce_boolean_decision(self.writes is None or self.writes.is_done()):
+                self.settle(trainer)
+        elif self._rotates and self._last_global_step_saved == trainer.global_step:
+            self._rotate()
         if asked:
             log.warning("stopped by a signal at step %d; start the same command to go on", trainer.global_step)
             STOP.leave()
+
+    # ---- saves in the background
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        _settle_all(trainer)
+        if self.writes is None:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        trainer.save_checkpoint(filepath, storage_options=self.writes)
+        self._under_way = True
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        if self._under_way:
+            self._outdated.append(filepath)
+        else:
+            super()._remove_checkpoint(trainer, filepath)
+
+    def _rotate(self) -> None:
+        from_first_rank(lambda: keep_newest(Path(self.dirpath or ""), self.keep_last))
+
+    def settle(self, trainer: pl.Trainer) -> None:
+        """Wait for the checkpoint that is being written, then delete those that it replaces. A collective.
+
+        Raises:
+            OSError: it can't be written; on all ranks.
+        """
+        if not self._under_way:
+            return
+        assert self.writes is not None
+        outdated, self._outdated, self._under_way = self._outdated, [], False
+        self.writes.settle()
+        for path in outdated:
+            super()._remove_checkpoint(trainer, path)
+        if self._rotates:
+            self._rotate()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The run's end waits for its last checkpoint."""
+        super().on_train_end(trainer, pl_module)
+        self.settle(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let this rank finish what it writes; another one may be gone."""
+        super().on_exception(trainer, pl_module, exception)
+        if self.writes is not None:
+            try:
+                self.writes.join(_PATIENCE)
+            except Exception as error:  # noqa: BLE001
+                log.warning("the checkpoint that was being written isn't there: %s", error)
+
+    # ---- when
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,6 +307,13 @@ def keep_patience_(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.state_key in states:
             states[callback.state_key]["patience"] = callback.patience
+
+
+def _settle_all(trainer: pl.Trainer) -> None:
+    """One save at a time, whoever makes it: each looks at what is there, for its number."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, StageCheckpoint):
+            callback.settle(trainer)
 
 
 def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:

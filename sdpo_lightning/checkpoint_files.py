@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import cannot_write, file_digest, fsync, publish, write_json
 from sdpo_lightning.ledger import LEDGER, Ledger
+from sdpo_lightning.ranks import is_first
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
 log = logging.getLogger(__name__)
+
+# In a folder of shards: what isn't one.
+META = "meta.pt"
 
 
 class _HashingFile:
@@ -73,6 +80,41 @@ def save_file_atomically(content: dict[str, Any], path: Path) -> None:
         raise OSError(cannot_write(path, error, tensor_bytes(content))) from error
 
 
+def begin_shards(path: Path) -> None:
+    """Remove what a killed process has left of a folder of shards. Rank 0 does it, before any rank writes."""
+    shutil.rmtree(path.with_name(f".{path.name}.tmp"), ignore_errors=True)
+
+
+def save_shards_atomically(
+    shards: dict[str, Any], rest: bytes, path: Path, group: dist.ProcessGroup | None = None
+) -> None:
+    """Write a folder that appears whole or not at all. A collective, which ends with the shards: rank 0 commits alone.
+
+    Args:
+        shards: this rank's, in host memory or not.
+        rest: what rank 0 says, as a file.
+        path: the folder; `begin_shards` was called for it.
+        group: of the collective; None is the default group.
+
+    Raises:
+        OSError: a disk is full or can't be written, on all ranks; a failed commit, on rank 0.
+    """
+    staging = path.with_name(f".{path.name}.tmp")
+    try:
+        dcp.save(shards, checkpoint_id=staging, process_group=group)
+        if is_first():
+            failpoint("mid_checkpoint")
+            (staging / META).write_bytes(rest)
+            commit(staging, path)
+    except (CheckpointException, OSError) as error:
+        if is_first():
+            shutil.rmtree(staging, ignore_errors=True)
+        cause: Any = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        raise OSError(cannot_write(path, cause, tensor_bytes(shards))) from error
+
+
 def commit(staging: Path, path: Path, digest: str | None = None) -> None:
     """Give a finished checkpoint (file or folder) its name and its digest.
 
@@ -108,6 +150,12 @@ def remove_checkpoint(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     _sidecar(path).unlink(missing_ok=True)
+
+
+def sweep_checkpoints(folder: Path) -> None:
+    """Remove what a killed process was writing, in a folder that may hold other files than ours."""
+    for path in (*folder.glob(".*.ckpt.tmp"), *folder.glob(".*.ckpt.json.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def keep_newest(folder: Path, number: int) -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.data.ranking import ranking_table
 from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
@@ -48,7 +49,7 @@ class CurriculumTrainer(pl.Trainer):
             What `curriculum.json` holds.
         """
         assert isinstance(datamodule, CurriculumDataModule)
-        datamodule.request_ranking()
+        datamodule.ranking_requested = True
         limit, self.limit_train_batches = self.limit_train_batches, 0
         self.fit(model, datamodule=datamodule)
         self.limit_train_batches = limit
@@ -90,23 +91,6 @@ class CurriculumTrainer(pl.Trainer):
                 writer.writeheader()
                 writer.writerows(rows)
         return predictions
-
-
-def ranking_table(curriculum: dict[str, Any]) -> str:
-    """The sources in training order with their scores, as text."""
-    by_name = {source["name"]: source for source in curriculum["sources"]}
-    lines = [f"{'source':24} {'pairs':>7} {'accuracy of M_0 (se)':>22} {'by mean logps (se)':>20}"]
-    for name in curriculum["order"]:
-        row = by_name[name]
-        scores = [
-            "-" if row[key] is None else f"{row[key]:.3f} ({row[error]:.3f})"
-            for key, error in (
-                ("reward_accuracy", "standard_error"),
-                ("mean_logps_accuracy", "mean_logps_standard_error"),
-            )
-        ]
-        lines.append(f"{name:24} {row['pairs']:7} {scores[0]:>22} {scores[1]:>20}")
-    return "\n".join(lines)
 
 
 class ConfigAfterChecks(SaveConfigCallback):

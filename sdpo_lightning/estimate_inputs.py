@@ -14,11 +14,12 @@ import torch
 from transformers import AutoConfig
 
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
-from sdpo_lightning.data.curriculum import epochs_of, stage_names
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.stage_settings import largest_batch, read_stage_settings
+from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, ReferenceKind, Run, StageLoad, load_of
 from sdpo_lightning.exactness import COLLATORS
 from sdpo_lightning.shapes import model_shape
@@ -63,8 +64,8 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         lora=lora,
         quantization=_quantization(model.get("quantization")),
-        checkpoints=_checkpoints(trainer, _total_epochs(data)),
-        stages=len(_stage_names(data)),
+        checkpoints=_checkpoints(trainer, sum(_epochs(data))),
+        stages=len(_epochs(data)),
     )
 
 
@@ -169,16 +170,17 @@ def _checkpoints(trainer: Mapping[str, Any], epochs: int) -> int:
 # ---- data
 
 
-def _stage_names(data: Mapping[str, Any]) -> list[str]:
-    return stage_names(data["partition"], _groups(data))
+def _staging(data: Mapping[str, Any]) -> Staging:
+    names = [source["name"] for source in data["sources"]]
+    own = read_stage_settings(data.get("stage_settings"))
+    keys = ("partition", "order", "merge_ties", "epochs_per_stage")
+    return Staging(names, data.get("stages") or [[n] for n in names], *(data[k] for k in keys), own, data["seed"])
 
 
-def _groups(data: Mapping[str, Any]) -> list[list[str]]:
-    return data.get("stages") or [[source["name"]] for source in data["sources"]]
-
-
-def _total_epochs(data: Mapping[str, Any]) -> int:
-    return sum(epochs_of(data["epochs_per_stage"], name) for name in _stage_names(data))
+def _epochs(data: Mapping[str, Any]) -> list[int]:
+    """Of each stage, in the order of the sources."""
+    staging = _staging(data)
+    return staging.epochs(staging.names())
 
 
 def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], str]:
@@ -200,7 +202,7 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
         if all(path and Path(path).exists() for path in paths) and "no tokenizer" not in str(error):
             raise
         load = _assumed(data, collator)
-        stages = [StageLoad(name, None, load, load) for name in _stage_names(data)]
+        stages = [StageLoad(name, None, load, load) for name in _staging(data).names()]
         reason = str(error).split(";")[0]
         return stages, f"every pair is taken to be as long as `data.max_length` allows, {data['max_length']}: {reason}"
     keys = ("batch_size", "batch_tokens", "bucket_window", "pad_to_multiple_of", "shuffle", "seed")
@@ -214,8 +216,10 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
         accumulate=run.accumulate,
         limit=1.0 if limit is None else limit,
     )
-    chunks = _chunks(data, reports)
-    return [_measured(chunk, data, passes, reports) for chunk in chunks], "lengths are those of the data"
+    chunks, own = _chunks(data, reports), _staging(data).settings(_staging(data).names())
+    each = zip(chunks, _epochs(data), own, strict=True)
+    loads = [_measured(chunk, epochs, passes.under(settings), reports) for chunk, epochs, settings in each]
+    return loads, "lengths are those of the data"
 
 
 def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
@@ -229,7 +233,7 @@ def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceRepor
 
 def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> list[Chunk]:
     """The chunks in the order of the sources; what a random cut takes is taken to be all."""
-    names, groups = _stage_names(data), _groups(data)
+    names, groups = _staging(data).names(), _staging(data).groups
     if data["partition"] != "by_source":
         return [Chunk(name, [i for report in reports.values() for i in report.chunk_ids]) for name in names]
     ids = [[i for name in group for i in reports[name].chunk_ids] for group in groups]
@@ -237,15 +241,14 @@ def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> lis
 
 
 def _measured(
-    chunk: Chunk, data: Mapping[str, Any], passes: Passes, reports: Mapping[str, SourceReport]
+    chunk: Chunk, epochs: int, passes: Passes, reports: Mapping[str, SourceReport]
 ) -> StageLoad:
     def largest(runs: Sequence[Sequence[int]]) -> Load:
         loads = [load_of(passes.store.lengths(run), passes.collator) for run in runs]
         # One that has the most of each comes close where the two differ.
         return Load(*(max(getattr(load, key) for load in loads) for key in ("tokens", "targets", "scores", "mask")))
 
-    epochs = range(epochs_of(data["epochs_per_stage"], chunk.name))
-    runs = [run for epoch in epochs for run in passes.training(chunk, epoch).run_ids()]
+    runs = [run for epoch in range(epochs) for run in passes.training(chunk, epoch).run_ids()]
     ids = list(chunk.pair_ids) + [i for report in reports.values() for i in report.val_ids]
     return StageLoad(chunk.name, len(chunk.pair_ids), largest(runs), largest(passes.longest_first(ids).run_ids()[:1]))
 
@@ -254,7 +257,7 @@ def _assumed(data: Mapping[str, Any], collator: PreferenceCollator) -> Load:
     """Of pairs as long as they may be, behind short prompts."""
     longest = data["max_length"]
     pair = np.array([[1], [longest - 1], [longest - 1]])
-    count = data["batch_size"]
+    count = largest_batch(read_stage_settings(data.get("stage_settings")), data["batch_size"])
     if data.get("batch_tokens") is not None:
         count = max(1, data["batch_tokens"] // int(collator.pair_tokens(pair)[0]))
     return load_of(np.repeat(pair, count, axis=1), collator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from huggingface_hub import HfApi
@@ -16,7 +17,8 @@ from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.ranks import from_first_rank, is_first, together
-from sdpo_lightning.types import Stage
+from sdpo_lightning.retention import remove_models
+from sdpo_lightning.types import ConfigurationError, Stage
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +27,18 @@ class StageExport(pl.Callback):
     """Writes M_t as a Hugging Face folder, `stages/0t-<stage name>`; with `model.lora` an adapter folder.
 
     Args:
+        keep_last: models that stay; None keeps all. What a checkpoint or the reference needs stays beside them.
         push_to_hub: `user/name`: upload each M_t as the private repository `user/name-0t-<stage name>`. The login is
             that of `hf auth login`. A failure is a warning: it never ends the run.
+
+    Raises:
+        ConfigurationError: none would stay.
     """
 
-    def __init__(self, push_to_hub: str | None = None) -> None:
+    def __init__(self, keep_last: int | None = None, push_to_hub: str | None = None) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ConfigurationError(f"`keep_last` of StageExport is {keep_last}, expected at least 1, or none for all")
+        self.keep_last = keep_last
         self.push_to_hub = push_to_hub
 
     def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
@@ -77,6 +86,24 @@ class StageExport(pl.Callback):
         if self.push_to_hub is not None and not Path(pl_module.record.folders[stage.index]).is_absolute():
             name = f"{self.push_to_hub}-{stage.folder_name}"
             together((lambda: push(folder, name)) if is_first() else None)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Delete what isn't kept, once a stage is under way."""
+        if batch_idx == 0:
+            self._remove(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Delete what isn't kept beside M_T."""
+        self._remove(trainer, pl_module)
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keep, reference = self.keep_last, pl_module.record.reference
+        if keep is None or trainer.fast_dev_run or not pl_module.record.entered:
+            return
+        if gone := from_first_rank(lambda: remove_models(run_dir(trainer), keep, reference)):
+            log.info("deleted, because `keep_last` of StageExport is %d: %s", keep, ", ".join(gone))
 
 
 def push(folder: Path, name: str) -> None:

@@ -19,7 +19,6 @@ from sdpo_lightning.backbone import copy_weights_
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import file_digest
 from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Parent, Weights, is_intact
-from sdpo_lightning.logs import MetricsLog
 from sdpo_lightning.random_states import read_random_states, states_path
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import ConfigurationError, ResumeError, Stage
@@ -68,10 +67,13 @@ class Fork:
             )
         for stage in done[: self.from_stage - 1]:
             assert stage.output is not None, "a stage is done without its model"
+            if stage.output.removed and stage.index < self.from_stage - 1:
+                continue
             if not is_intact(root, stage.output):
                 raise ResumeError(
-                    f"`--fork`: M_{stage.index} in {root / str(stage.output.folder)} isn't as that run left it; "
-                    "restore the folder, or fork from an earlier stage"
+                    f"`--fork`: M_{stage.index} in {root / str(stage.output.folder)} isn't as that run left it"
+                    f"{', which kept its last models only' if stage.output.removed else ''}; restore the folder, or "
+                    "fork from another stage"
                 )
         return ledger
 
@@ -181,13 +183,10 @@ def _stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, own: Ledger, f
 
 
 def _stand_at(trainer: pl.Trainer, finished: list[Stage], steps: int) -> None:
-    """Have the Trainer and its log count on from the end of stage t-1, as the run from the start would."""
+    """Have the Trainer count on from the end of stage t-1, as the run from the start would."""
     loop, epochs = trainer.fit_loop, finished[-1].first_epoch + finished[-1].epochs
     for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
         progress.ready = progress.started = progress.processed = progress.completed = epochs
     taken = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     taken.ready = taken.completed = steps
     loop.epoch_loop._batches_that_stepped = steps
-    for callback in trainer.callbacks:
-        if isinstance(callback, MetricsLog):
-            callback.pairs_seen = float(sum(stage.epochs * len(stage.pair_ids) for stage in finished))

@@ -28,11 +28,13 @@ class Weights:
         folder: relative to the run directory; None for S, which lies elsewhere.
         sha256: over the weights by name, as `weights_digest` gives it.
         files_sha256: over the folder's files; None for S.
+        removed: the folder was deleted, because the run keeps only its last models.
     """
 
     folder: str | None
     sha256: str
     files_sha256: str | None = None
+    removed: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Rank 4: the log that survives a resume, the summary, and what the progress bar says."""
+"""Rank 5: the log that survives a resume, the summary, and what the progress bar says."""
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from dataclasses import asdict, dataclass
@@ -12,9 +13,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from sdpo_lightning.check_report import source_lines
 from sdpo_lightning.files import MetricsFile, write_json
 from sdpo_lightning.metrics import PreferenceMetrics
 from sdpo_lightning.types import PreferenceBatch, Stage
+
+log = logging.getLogger(__name__)
 
 _STEP_COLUMNS = ("lr", "grad_norm", "pairs_seen", "tokens_per_second", "peak_memory")
 
@@ -59,6 +63,10 @@ class MetricsLog(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file; a resumed run drops the rows beyond its checkpoint."""
         self._step = trainer.global_step
+        if trainer.ckpt_path is None:
+            # Of a fork its parent's.
+            adopted = trainer.datamodule.stages()[: pl_module.record.entered]
+            self.pairs_seen = float(sum(stage.epochs * len(stage.pair_ids) for stage in adopted))
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
         if trainer.is_global_zero and not trainer.fast_dev_run:
@@ -149,10 +157,18 @@ def peak_memory() -> int:
 
 
 class StageProgress(pl.Callback):
-    """Makes Lightning's progress bar say stage, source and the time left for all stages."""
+    """Says at the start what `check` says of the rows; then stage, source and time left in Lightning's bar."""
 
     def __init__(self) -> None:
         self._began: tuple[float, int] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rows kept, cut and dropped by reason, and lengths, of each source. What is to be warned of was said."""
+        data = trainer.datamodule
+        for report in data.reports.values() if trainer.is_global_zero else ():
+            for finding in source_lines(report, data.store, report.dropped, report.marks):
+                if finding.level == "info":
+                    log.info("%s", finding.text)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

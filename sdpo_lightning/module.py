@@ -76,6 +76,7 @@ class DPOLitModule(StageOptimization):
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
         lora: train adapters instead of the weights (the `[peft]` extra).
         quantization: of the frozen weights below the adapters.
+        allow_bin_weights: take S from `pytorch_model.bin` where it has no safetensors; no code in it runs.
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -98,6 +99,7 @@ class DPOLitModule(StageOptimization):
         liger: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationName | None = None,
+        allow_bin_weights: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
@@ -111,6 +113,7 @@ class DPOLitModule(StageOptimization):
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
         self.lora = lora
+        self.allow_bin_weights = allow_bin_weights
         self.quantization: QuantizationName | None = quantization
         # Adapters are saved without their base; `on_load_checkpoint` is strict about them.
         self.strict_loading = lora is None
@@ -136,20 +139,22 @@ class DPOLitModule(StageOptimization):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            self.policy = self._load(self.model_name_or_path).train()
+            self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
         """Read a causal LM with fp32 master weights; only rank 0 calls it. Override to bring an own model."""
-        return load_policy(model_name_or_path, self.disable_dropout, self.logits_budget_mb, self.quantization)
+        numbers = (self.disable_dropout, self.logits_budget_mb, self.quantization, self.allow_bin_weights)
+        return load_policy(model_name_or_path, *numbers)
 
     def load_skeleton(self, model_name_or_path: str) -> CausalBackbone:
         """The same model with weights on the meta device; every rank calls it. Override with `load_weights`."""
         return load_skeleton(model_name_or_path, self.disable_dropout, self.logits_budget_mb)
 
-    def _load(self, path: str) -> CausalBackbone:
+    def load_model(self, path: str) -> CausalBackbone:
+        """A model as this run computes with it: cut, frozen, with its kernels. A collective."""
         strategy, data = self.trainer.strategy, self.trainer.datamodule
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
@@ -206,13 +211,11 @@ class DPOLitModule(StageOptimization):
         """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
         if self.lora is not None:
             return frozen_adapter(self.policy, folder)
-        return self._load(self.model_name_or_path if folder is None else str(folder)).to(self.device)
+        return self.load_model(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
         return super().settings() | {
-            "model.beta": self.beta,
-            "model.label_smoothing": self.label_smoothing,
             "model.disable_dropout": self.disable_dropout,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,10 +15,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.data.prepare import row_number
 from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
-from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage
+from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage, StageSettings
+
+Value = TypeVar("Value")
 
 # Options of an optimizer that choose its kernels.
 _SPEED_ONLY = ("fused", "foreach", "capturable", "differentiable")
+
+
+class PerStage(Generic[Value]):
+    """An attribute that reads as the value of the stage under way, where `data.stage_settings` has one.
+
+    So a loss of one's own that reads `self.beta` follows the stages too.
+
+    Args:
+        field: of `StageSettings`.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get__(self, module: StageOptimization, owner: type) -> Value:
+        own = getattr(module.stage_settings(), self._field)
+        return module.run_values[self._field] if own is None else own
+
+    def __set__(self, module: StageOptimization, value: Value) -> None:
+        module.run_values[self._field] = value
 
 
 class StageOptimization(pl.LightningModule):
@@ -33,18 +55,32 @@ class StageOptimization(pl.LightningModule):
         ConfigurationError: a number outside its range.
     """
 
+    beta: PerStage[float] = PerStage("beta")
+    label_smoothing: PerStage[float] = PerStage("label_smoothing")
+    warmup_ratio: PerStage[float] = PerStage("warmup_ratio")
+    schedule: PerStage[ScheduleName] = PerStage("lr_scheduler")
+
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: ScheduleName, warmup_ratio: float) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
             raise ConfigurationError(f"`model.warmup_ratio` is {warmup_ratio}, expected within [0, 1]")
-        self.make_optimizer = optimizer
-        self.schedule: ScheduleName = lr_scheduler
-        self.warmup_ratio = warmup_ratio
+        # What a stage has unless it has its own: see `PerStage`.
+        self.run_values: dict[str, Any] = {}
         self.stage: Stage | None = None
+        # Outside of `fit`: the stage that the weights are of.
+        self.evaluated: Stage | None = None
+        self.make_optimizer = optimizer
+        self.schedule = lr_scheduler
+        self.warmup_ratio = warmup_ratio
         self.grad_norm = float("nan")
         # (pair ids, which of them aren't finite) of each micro-batch of the step.
         self._watched: list[tuple[Tensor, Tensor]] = []
         self.learning_rate = float("nan")
+
+    def stage_settings(self) -> StageSettings:
+        """What the stage under way has to itself."""
+        stage = self.stage or self.evaluated
+        return StageSettings() if stage is None else stage.settings
 
     def configure_optimizers(self) -> dict[str, Any]:
         """A fresh optimizer and schedule; called again at each stage boundary.
@@ -52,6 +88,10 @@ class StageOptimization(pl.LightningModule):
         The schedule looks the stage up at each call: when Lightning first calls this, the plan isn't made yet.
         """
         optimizer = self.make_optimizer(self.trainable())
+        if (lr := self.stage_settings().lr) is not None:
+            # Before the schedule takes it for the height that it scales.
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         scheduler = LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -62,8 +102,7 @@ class StageOptimization(pl.LightningModule):
         return {
             "model.optimizer": type(probe).__name__,
             **{f"model.optimizer.{key}": value for key, value in given.items()},
-            "model.lr_scheduler": self.schedule,
-            "model.warmup_ratio": self.warmup_ratio,
+            **{f"model.{field}": value for field, value in self.run_values.items()},
         }
 
     def trainable(self) -> list[nn.Parameter]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-ScheduleName = Literal["constant", "linear", "cosine"]
+from sdpo_lightning.types import ScheduleName
 
 
 def warmup_steps(num_steps: int, warmup_ratio: float) -> int:

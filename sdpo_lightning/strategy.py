@@ -6,7 +6,7 @@ node and repeats that on every node.
 
 from __future__ import annotations
 
-import shutil
+import io
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 from sdpo_lightning.adapters import check_checkpoint
-from sdpo_lightning.checkpoint_files import commit, remove_checkpoint
+from sdpo_lightning.checkpoint_files import META, begin_shards, remove_checkpoint, save_shards_atomically
+from sdpo_lightning.checkpoint_writes import BackgroundWrites, storages
 from sdpo_lightning.plain_shards import PlainPlanner, check_shards
-from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.ranks import from_every_rank, from_first_rank
 from sdpo_lightning.sharding import Sharding
 from sdpo_lightning.types import ConfigurationError, ResumeError
-
-_META = "meta.pt"
 
 
 class ShardedPrecision(Precision):
@@ -114,13 +113,43 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a folder that appears whole or not at all. A collective."""
+        """Write a folder that appears whole or not at all. A collective.
+
+        Args:
+            checkpoint: what Lightning has collected.
+            filepath: of the folder.
+            storage_options: `BackgroundWrites`; None returns when all is on the disk.
+
+        Raises:
+            OSError: it can't be written, on all ranks; those written in the background raise it when they are settled.
+        """
         path = Path(self.broadcast(filepath))
-        staging = path.with_name(f".{path.name}.tmp")
-        from_first_rank(lambda: shutil.rmtree(staging, ignore_errors=True))
-        super().save_checkpoint(checkpoint, staging, storage_options)
-        self.barrier("checkpoint")
-        from_first_rank(lambda: commit(staging, path))
+        from_first_rank(lambda: begin_shards(path))
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        shards |= {f"optimizer_{n}": state for n, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        # Now, whole: it isn't large, and parts of it change with the next step.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        rest = buffer.getvalue()
+        if isinstance(storage_options, BackgroundWrites):
+            held, group = storage_options.hold(shards, self._live_storages()), storage_options.group()
+            storage_options.begin(lambda: save_shards_atomically(held, rest, path, group))
+            return
+        error = None
+        try:
+            save_shards_atomically(shards, rest, path)
+        except OSError as found:
+            error = found
+        for found in from_every_rank(error):
+            if found is not None:
+                raise found
+
+    def _live_storages(self) -> set[int]:
+        """What a step writes into; Lightning has copied the rest from the device already."""
+        states = (state for optimizer in self.optimizers for state in optimizer.state.values())
+        values = (value for state in states for value in state.values() if isinstance(value, torch.Tensor))
+        assert self.model is not None
+        return storages((*self.model.state_dict().values(), *values))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a folder and its digest."""
@@ -134,11 +163,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             ResumeError: it isn't such a folder.
         """
         path = Path(self.broadcast(checkpoint_path))
-        if not (path / _META).is_file():
+        if not (path / META).is_file():
             raise ResumeError(
                 f"`ckpt_path`: {path} is no distributed checkpoint; a run keeps its `trainer.strategy` when it goes on"
             )
-        metadata = torch.load(path / _META, map_location="cpu", weights_only=True)
+        metadata = torch.load(path / META, map_location="cpu", weights_only=True)
         check_shards(path)
         held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         module = self.lightning_module

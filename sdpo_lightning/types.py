@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class SelfCheckError(RuntimeError):
 
 # Of frozen weights; see `quantization.py`.
 QuantizationName = Literal["nf4", "int8"]
+# Shape of the learning rate within a stage; see `schedules.py`.
+ScheduleName = Literal["constant", "linear", "cosine"]
 # (start, end, prefix_start, prefix_end) of each segment of a packed row; see `attention.py`.
 Segments = tuple[tuple[int, int, int, int], ...]
 
@@ -184,6 +186,33 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class StageSettings:
+    """What a stage has in place of the run's own setting; None is the run's own.
+
+    Attributes:
+        lr: learning rate of every group of parameters (`model.optimizer`).
+        beta: `model.beta`.
+        label_smoothing: `model.label_smoothing`.
+        warmup_ratio: `model.warmup_ratio`.
+        lr_scheduler: `model.lr_scheduler`.
+        epochs: passes over the chunk (`data.epochs_per_stage`).
+        batch_size: pairs per rank and micro-batch (`data.batch_size`).
+    """
+
+    lr: float | None = None
+    beta: float | None = None
+    label_smoothing: float | None = None
+    warmup_ratio: float | None = None
+    lr_scheduler: ScheduleName | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+
+    def given(self) -> dict[str, float | int | str]:
+        """Those that aren't the run's own."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Stage:
     """Training on one chunk.
 
@@ -193,6 +222,7 @@ class Stage:
         pair_ids: ids in file order, source after source.
         epoch_steps: optimizer steps of each pass over the chunk.
         first_epoch: the Trainer's `current_epoch` at which the stage begins.
+        settings: those that the stage has to itself.
     """
 
     index: int
@@ -200,6 +230,7 @@ class Stage:
     pair_ids: Sequence[int]
     epoch_steps: tuple[int, ...]
     first_epoch: int
+    settings: StageSettings = StageSettings()
 
     @property
     def epochs(self) -> int:
@@ -216,7 +247,7 @@ class Stage:
         """Name of M_t's folder, as in `02-pandalm`."""
         return f"{self.index:02d}-{self.name}"
 
-    def row(self) -> dict[str, str | int]:
+    def row(self) -> dict[str, Any]:
         """A row of `curriculum.json`."""
         return {
             "index": self.index,
@@ -224,6 +255,7 @@ class Stage:
             "pairs": len(self.pair_ids),
             "epochs": self.epochs,
             "steps": self.num_steps,
+            "settings": self.settings.given(),
         }
 
 

@@ -116,14 +116,14 @@ class Unauthorized(Hub):
 def test_a_push_is_private(tmp_path, tiny_model_dir, sources, monkeypatch):
     monkeypatch.setattr(Hub, "calls", [])
     monkeypatch.setattr(export, "HfApi", Hub)
-    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[StageExport("me/model")])
+    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[StageExport(push_to_hub="me/model")])
     names = ["me/model-01-a", "me/model-02-b"]
     assert Hub.calls == [call for name in names for call in ((name, True), (name, name[-4:]))]
 
 
 def test_a_failing_push_ends_nothing(tmp_path, tiny_model_dir, sources, monkeypatch, caplog):
     monkeypatch.setattr(export, "HfApi", Unauthorized)
-    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[StageExport("me/model")])
+    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[StageExport(push_to_hub="me/model")])
     assert [stage.status for stage in Ledger.read(tmp_path / "run").stages] == ["done", "done"]
     assert sum("wasn't pushed to the hub: 401" in record.getMessage() for record in caplog.records) == 2
 

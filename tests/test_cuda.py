@@ -6,12 +6,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import dense_attention
+from helpers import dense_attention, make_rows, write_jsonl
+from runs import assert_same_weights, fit, losses
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_lightning import attention, kernels_cuda
+from sdpo_lightning import PreferenceSource, attention, kernels_cuda
 from sdpo_lightning.attention import SegmentPlan, choose_path, register_segment_attention
 from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, SharedPrefixCollator, TokenizedPair
@@ -398,3 +399,27 @@ def test_a_model_on_a_gpu(monkeypatch, kind, window, collator, bf16):
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         check_layouts(backbone, collator, CUDA, *((3e-3, 0.1) if bf16 else (5e-6, 1e-4)))
     assert paths == {"varlen" if bf16 and kernels_cuda.has_flash(CUDA) else "flex"}
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=gpu)])
+def test_resume_is_exact_with_deterministic_kernels(tmp_path, tiny_model_dir, accelerator):
+    """9 and 7 pairs, 2 a step: 5 and 4 steps. Stopped after step 7, in stage 2, and gone on with."""
+    found = []
+    for seed, (name, count) in enumerate((("a", 9), ("b", 7))):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(count, seed, name))
+        found.append(PreferenceSource(name, str(path)))
+    # Padded rows run the plain kernels of PyTorch, which have deterministic variants.
+    arguments = {"accelerator": accelerator, "devices": 1, "deterministic": True, "precision": "32-true"}
+    try:
+        fit(tmp_path / "whole", tiny_model_dir, found, layout="padded", trainer_args=arguments)
+        stop = arguments | {"max_steps": 7}
+        fit(tmp_path / "cut", tiny_model_dir, found, layout="padded", trainer_args=stop)
+        [checkpoint] = (tmp_path / "cut" / "checkpoints").glob("*.ckpt")
+        assert "step=7" in checkpoint.name
+        fit(tmp_path / "cut", tiny_model_dir, found, checkpoint, layout="padded", trainer_args=arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(losses(tmp_path / "whole")) == 5 + 4
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for folder in ("01-a", "02-b"):
+        assert_same_weights(tmp_path / "cut" / "stages" / folder, tmp_path / "whole" / "stages" / folder)

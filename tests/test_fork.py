@@ -19,6 +19,7 @@ from sdpo_lightning import (
     LoraSettings,
     PreferenceSource,
     ResidentReference,
+    StageExport,
 )
 from sdpo_lightning.cli import main
 from sdpo_lightning.ledger import Ledger
@@ -161,6 +162,20 @@ def test_a_plain_folder_may_stand_in(tmp_path, parent, dropout_model_dir, source
     ledger = Ledger.read(tmp_path / "fork")
     assert ledger.parent.sha256 is None
     assert ledger.stages[0].output.sha256 == Ledger.read(tmp_path / "run").stages[0].output.sha256
+
+
+def test_a_fork_deletes_no_model_of_its_parent(tmp_path, tiny_model_dir, sources):
+    keeps = {"callbacks": [StageExport(keep_last=1)]}
+    fit(tmp_path / "all", tiny_model_dir, sources)
+    made = forked(tmp_path / "all", 3)
+    fit(tmp_path / "fork", tiny_model_dir, sources, module_class=made, callbacks=[StageExport(keep_last=1)])
+    assert len(list((tmp_path / "all" / "stages").iterdir())) == 3
+    # A parent that deleted M_1, and kept M_2 for its checkpoint.
+    fit(tmp_path / "last", tiny_model_dir, sources, **keeps)
+    with pytest.raises(ResumeError, match="M_1 in .* which kept its last models only"):
+        fit(tmp_path / "other", tiny_model_dir, sources, module_class=forked(tmp_path / "last", 2))
+    fit(tmp_path / "third", tiny_model_dir, sources, module_class=forked(tmp_path / "last", 3))
+    assert_same_weights(tmp_path / "third" / "stages" / "03-c", tmp_path / "all" / "stages" / "03-c")
 
 
 def test_a_fork_of_a_fork(tmp_path, parent, dropout_model_dir, sources):

@@ -79,7 +79,7 @@ SCHEMAS: dict[str, tuple[list[Row], list[tuple[Any, Any, Any]]]] = {
     "tulu_preference_mix": (binarized(id="1", source="s"), [TALK]),
     "skywork_preference": ([{"chosen": said("q", "y"), "rejected": said("q", "n"), "source": "s"}], [TALK]),
     "nectar": (
-        [{"prompt": "q", "answers": [{"answer": text, "rank": rank, "model": "m"} for text, rank in ("a2", "n3", "y1")]}],
+        [{"prompt": "q", "answers": [{"answer": text, "rank": rank} for text, rank in ("a2", "n3", "y1")]}],
         [("q", "y", "n")],
     ),
     "pku_safe_rlhf": (

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from sdpo_lightning.data.batching import longer_side
 from sdpo_lightning.data.messages import Message, Spans, Text, strings_in
 from sdpo_lightning.data.packing import Completions, PackedRow
-from sdpo_lightning.data.turns import ChatTemplate, UnclearTurns, clipped, common_prefix
+from sdpo_lightning.data.turns import ChatTemplate, UnclearTurns, clipped, common_prefix, scored_tokens
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 Count = TypeVar("Count", int, np.ndarray)
@@ -210,16 +210,6 @@ def _truncate(
     cut = any(len(side) > end for side in sides)
     marks = ("prompt_cut",) * (start > 0) + ("completion_cut",) * cut + marks
     return TokenizedPair(sides[0][start:boundary], chosen, rejected, marks, *unscored)
-
-
-def scored_tokens(ids: list[int], unscored: Spans) -> int:
-    """How many tokens of a completion count.
-
-    Args:
-        ids: of the completion.
-        unscored: runs of places in it that don't.
-    """
-    return len(ids) - sum(end - begin for begin, end in unscored)
 
 
 class PreferenceCollator(ABC):

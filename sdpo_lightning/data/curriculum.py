@@ -11,16 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdpo_lightning.types import Chunk, ConfigurationError, PairLogps, ResumeError, Stage
+from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage, StageSettings
 
 log = logging.getLogger(__name__)
-
-
-def pair_gamma(logps: PairLogps, difficulty: Literal["sum_logps", "mean_logps"]) -> Tensor:
-    """Gamma `[B]` of summed logps (below Eq. 1), or of the means over their tokens."""
-    if difficulty == "sum_logps":
-        return logps.gamma
-    return logps.chosen / logps.chosen_lengths - logps.rejected / logps.rejected_lengths
 
 
 def reward_accuracy(scores: Tensor) -> tuple[float, float]:
@@ -30,17 +23,19 @@ def reward_accuracy(scores: Tensor) -> tuple[float, float]:
     reference every reward is 0, so the score is gamma_{M_0}, the log-ratio below Eq. 1.
 
     Args:
-        scores: `[P]`, gamma of each pair; a tie (0) counts 1/2.
+        scores: `[P]`, gamma of each pair; a tie (0) counts 1/2, NaN not at all.
 
     Returns:
-        The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P).
+        The accuracy in [0, 1] and its standard error, the sample standard deviation over sqrt(P),
+        P being the pairs that count.
 
     Raises:
-        ConfigurationError: without pairs, or with a score that isn't finite.
+        ConfigurationError: without pairs, or with an infinite score.
     """
+    scores = scores[~scores.isnan()]
     if scores.numel() == 0:
         raise ConfigurationError("no pairs to rank; raise `data.rank_limit` or check the source")
-    if not bool(torch.isfinite(scores).all()):
+    if bool(scores.isinf().any()):
         raise ConfigurationError("M_0 gives a score that isn't finite; check `model.model_name_or_path`")
     wins = (scores > 0).double() + 0.5 * (scores == 0).double()
     deviation = wins.std(unbiased=True).item() if wins.numel() > 1 else 0.5
@@ -175,12 +170,15 @@ def steps_per_epoch(num_runs: int, world_size: int, accumulate: int, limit_batch
     return batches, math.ceil(batches / accumulate)
 
 
-def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) -> list[Stage]:
+def stage_plan(
+    chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]], settings: Sequence[StageSettings] | None = None
+) -> list[Stage]:
     """The stages of a run.
 
     Args:
         chunks: in training order.
         epoch_steps: optimizer steps of each pass over each chunk.
+        settings: that each stage has to itself; None is nothing for all.
 
     Returns:
         One `Stage` a chunk, index from 1.
@@ -189,7 +187,8 @@ def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) ->
         ConfigurationError: a chunk without pairs or without a step, or whose name can't be a folder's.
     """
     stages, first_epoch = [], 0
-    for index, (chunk, steps) in enumerate(zip(chunks, epoch_steps, strict=True), 1):
+    own = [StageSettings()] * len(chunks) if settings is None else settings
+    for index, (chunk, steps, its_own) in enumerate(zip(chunks, epoch_steps, own, strict=True), 1):
         # An own `partition` may give any name; an export must not fail, or leave the run, after hours of training.
         if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]{0,199}", chunk.name):
             raise ConfigurationError(
@@ -201,7 +200,7 @@ def stage_plan(chunks: Sequence[Chunk], epoch_steps: Sequence[Sequence[int]]) ->
                 f"stage {index} {chunk.name!r}: {len(chunk.pair_ids)} pairs make no optimizer step; "
                 "check `data.sources` and `trainer.limit_train_batches`"
             )
-        stages.append(Stage(index, chunk.name, chunk.pair_ids, tuple(steps), first_epoch))
+        stages.append(Stage(index, chunk.name, chunk.pair_ids, tuple(steps), first_epoch, its_own))
         first_epoch += len(steps)
     return stages
 

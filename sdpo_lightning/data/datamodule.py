@@ -16,29 +16,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
-from sdpo_lightning.data.curriculum import (
-    check_epochs,
-    check_groups,
-    check_numbers,
-    cut_into_chunks,
-    epochs_of,
-    order_groups,
-    pair_gamma,
-    reward_accuracy,
-    stage_names,
-    stage_of_epoch,
-    stage_plan,
-)
+from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
+from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
-from sdpo_lightning.data.passes import Batching, Passes
+from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.ranking import order_of_length, rank_sources
+from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
+from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
 from sdpo_lightning.ranks import from_first_rank, side_by_side
-from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
 class CurriculumDataModule(pl.LightningDataModule):
@@ -51,9 +43,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         order: `easy_to_hard` by M_0's reward accuracy, `given`, or `reversed` (hard to easy).
         stages: lists of source names that train together; default: each source is a stage.
         merge_ties: sources closer than two standard errors share a stage.
-        difficulty: score of a pair: `sum_logps`, the paper's gamma, or `mean_logps` per token.
+        difficulty: score of a pair: `sum_logps`, the paper's gamma; `mean_logps` per token; `length_matched`, gamma
+            of the pairs of like length; `residual`, gamma less what length explains; or the path of a function.
+        difficulty_reference: folder of another model: pairs are scored by M_0's rewards against it.
         rank_limit: rank by the first N kept pairs of each source.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
+        stage_settings: learning rate, beta, ... of single stages: by name, else by place ("2"), else by "*".
         batch_size: pairs per rank and micro-batch; ignored where `batch_tokens` is given.
         batch_tokens: most tokens that the model runs on per rank and micro-batch; a pair beyond it stands alone.
         bucket_window: optimizer steps among which pairs of like length are brought together; 0 is off.
@@ -76,13 +71,15 @@ class CurriculumDataModule(pl.LightningDataModule):
     def __init__(
         self,
         sources: list[PreferenceSource],
-        partition: Literal["by_source", "pooled", "random"] = "by_source",
-        order: Literal["easy_to_hard", "given", "reversed"] = "easy_to_hard",
+        partition: PartitionName = "by_source",
+        order: OrderName = "easy_to_hard",
         stages: list[list[str]] | None = None,
         merge_ties: bool = False,
-        difficulty: Literal["sum_logps", "mean_logps"] = "sum_logps",
+        difficulty: str = "sum_logps",
+        difficulty_reference: str | None = None,
         rank_limit: int | None = None,
         epochs_per_stage: int | dict[str, int] = 1,
+        stage_settings: dict[str, StageSettings] | None = None,
         batch_size: int = 4,
         batch_tokens: int | None = None,
         bucket_window: int = 0,
@@ -100,13 +97,14 @@ class CurriculumDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = sources
-        self.partition_kind = partition
-        self.order = order
-        self.groups = stages or [[source.name] for source in sources]
-        self.merge_ties = merge_ties
+        names = [source.name for source in sources]
+        groups = stages or [[name] for name in names]
+        own = stage_settings or {}
+        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, own, seed)
+        check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
+        self.difficulty_reference = difficulty_reference
         self.rank_limit = rank_limit
-        self.epochs_per_stage = epochs_per_stage
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
         self.layout: LayoutName = layout
@@ -120,13 +118,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         self._chunks: list[Chunk] | None = None
-        self._ranking_requested = False
+        # Score the sources even where the order doesn't depend on it.
+        self.ranking_requested = False
         self._row_hashes: dict[str, Tensor] | None = None
         self._planned: tuple[list[Chunk], Any, list[Stage]] | None = None
         self._layout_before: str | None = None
-        check_groups([source.name for source in sources], self.groups, partition)
-        names = stage_names(partition, self.groups)
-        check_epochs(epochs_per_stage, names, [source.name for source in sources] if merge_ties else [])
+        check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
 
@@ -138,11 +135,13 @@ class CurriculumDataModule(pl.LightningDataModule):
             return
         trainer = self.trainer
         assert trainer is not None, "`setup` runs within a Trainer"
+        find_difficulty(self.difficulty)
         model = trainer.lightning_module.model_name_or_path
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
-        reports, parts = prepare_sources(self.sources, Preparation(tokenize, self.on_bad_row, self.num_proc, *place))
+        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
+        reports, parts = prepare_sources(self.sources, how)
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
             act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))
@@ -162,30 +161,25 @@ class CurriculumDataModule(pl.LightningDataModule):
     @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.order != "given" or self.merge_ties or self._ranking_requested
-
-    def request_ranking(self) -> None:
-        """Have the sources scored even where the order doesn't depend on it."""
-        self._ranking_requested = True
+        return self.staging.needs_ranking or self.ranking_requested
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
-        """Score `[B]` of each pair, higher = easier; above 0 counts as right. Override to redefine difficulty."""
-        return pair_gamma(logps, self.difficulty)
+        """Score `[B]` of each pair, higher = easier; above 0 counts as right, NaN not at all. Override to redefine it.
 
-    def rank(self, m0: LogpTable | None) -> None:
+        Asked once, for the ranked pairs of all sources together, source after source.
+        """
+        return find_difficulty(self.difficulty)(logps)
+
+    def rank(self, m0: LogpTable | None, reference: LogpTable | None = None) -> None:
         """Decide the chunks.
 
         Args:
             m0: logps of M_0 for the ranked pairs; None where no order is asked for.
+            reference: of `difficulty_reference`, for the same pairs.
         """
         scores: dict[str, Tensor] = {}
-        for report in self.reports.values() if m0 is not None else ():
-            logps, known = m0.lookup(torch.tensor(report.train_ids[: self.rank_limit]))
-            assert bool(known.all()), "the ranking pass left pairs out"
-            scores[report.name] = self.pair_scores(logps)
-            report.reward_accuracy, report.standard_error = reward_accuracy(scores[report.name])
-            mean = reward_accuracy(pair_gamma(logps, "mean_logps"))
-            report.mean_logps_accuracy, report.mean_logps_standard_error = mean
+        if m0 is not None:
+            scores = rank_sources(list(self.reports.values()), self.rank_limit, self.pair_scores, m0, reference)
         self._chunks = self.partition(scores)
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
@@ -194,10 +188,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         Args:
             scores: source name -> `[P]` scores of its first P training pairs; empty if order is `given`.
         """
-        groups = order_groups(self.groups, scores, self.order, self.merge_ties)
+        groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
-        pair_ids = {name: report.chunk_ids for name, report in self.reports.items()}
-        return cut_into_chunks(self.partition_kind, groups, pair_ids, self.seed)
+        return self.staging.cut(groups, self._chunk_ids())
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -209,29 +202,36 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
             passes.check_layout(self._layout_before)
             passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
-            steps = [passes.epoch_steps(c, epochs_of(self.epochs_per_stage, c.name)) for c in self._chunks]
-            self._planned = self._chunks, key, stage_plan(self._chunks, steps)
+            self._planned = self._chunks, key, plan_stages(self._chunks, self.staging, passes)
         return self._planned[2]
 
+    def settings_of(self, index: int) -> StageSettings:
+        """What the stage at that place has to itself; nothing before the chunks are decided."""
+        names = [chunk.name for chunk in self._chunks or ()]
+        return self.staging.settings(names)[index - 1] if names else StageSettings()
+
     def total_epochs(self) -> int:
-        """Epochs of the whole plan; without `merge_ties` they don't depend on the order."""
-        planned = stage_names(self.partition_kind, self.groups)
-        names = planned if self._chunks is None else [chunk.name for chunk in self._chunks]
-        return sum(epochs_of(self.epochs_per_stage, name) for name in names)
+        """Epochs of the whole plan; see `Staging.knows_epochs`."""
+        chunks = self._chunks
+        return sum(self.staging.epochs(self.staging.names() if chunks is None else [c.name for c in chunks]))
 
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
         # A layout that this one has to give way to takes more.
-        passes = self._passes(COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of))
-        groups = [list(self.reports)] if self.partition_kind == "pooled" else self.groups
-        chunks = [[i for name in group for i in self.reports[name].chunk_ids] for group in groups]
-        pool = [i for ids in chunks for i in ids] if self.partition_kind == "random" else None
-        return min(passes.fewest_batches(ids if pool is None else pool, len(ids)) for ids in chunks)
+        largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
+        collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
+        passes = self._passes(collator).under(largest)
+        pools = self.staging.pools(self._chunk_ids())
+        return min(passes.fewest_batches(pool, size) for pool, size in pools)
+
+    def _chunk_ids(self) -> dict[str, list[int]]:
+        return {name: report.chunk_ids for name, report in self.reports.items()}
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
         return {
             "order": self.source_order,
+            "length_order": order_of_length(list(self.reports.values())),
             "sources": [report.row() for report in self.reports.values()],
             "stages": [stage.row() for stage in self.stages()],
         }
@@ -242,7 +242,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The loader of the Trainer's current epoch."""
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
-        return self._passes(self.collator).training(stage, self.trainer.current_epoch - stage.first_epoch)
+        epoch = self.trainer.current_epoch - stage.first_epoch
+        return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 
     def val_dataloader(self) -> list[StageLoader]:
         """One loader a source that has held-out pairs, in the order of `val_names`."""
@@ -323,13 +324,11 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
             "data.on_long_prompt": self.on_long_prompt,
-            "data.partition": self.partition_kind,
-            "data.order": self.order,
-            "data.epochs_per_stage": {c.name: epochs_of(self.epochs_per_stage, c.name) for c in self._chunks or ()},
+            **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
         }
         own = type(self).partition is CurriculumDataModule.partition
-        by_group = own and self.partition_kind == "by_source" and not self.merge_ties
-        return DataPlan(self._row_hashes, settings, self.groups, by_group)
+        by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties
+        return DataPlan(self._row_hashes, settings, self.staging.groups, by_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the chunks of a checkpoint: nothing is ranked again.

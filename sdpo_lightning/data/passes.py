@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
-from sdpo_lightning.data.curriculum import steps_per_epoch
+from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
+from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.loop_progress import ACCUMULATE, AT_ONCE
-from sdpo_lightning.types import Chunk, ResumeError, Stage
+from sdpo_lightning.types import Chunk, ResumeError, Stage, StageSettings
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,16 @@ class Passes:
             "trainer.limit_train_batches": self.limit,
             **self.batching.plan(self.world_size),
         }
+
+    def under(self, settings: StageSettings) -> Passes:
+        """The same with the micro-batches of a stage.
+
+        Args:
+            settings: that the stage has to itself.
+        """
+        if settings.batch_size is None:
+            return self
+        return replace(self, batching=replace(self.batching, batch_size=settings.batch_size))
 
     def loader(self, ids: Sequence[int]) -> StageLoader:
         """Each of the pairs once, in this order."""
@@ -184,3 +195,17 @@ class Passes:
             batch_tokens=self.batching.batch_tokens,
             weights=weights,
         )
+
+
+def plan_stages(chunks: Sequence[Chunk], staging: Staging, passes: Passes) -> list[Stage]:
+    """The stages of a run.
+
+    Args:
+        chunks: in training order.
+        staging: knows the settings of each, and the passes over it.
+        passes: knows the optimizer steps of each pass.
+    """
+    names = [chunk.name for chunk in chunks]
+    settings = staging.settings(names)
+    each = zip(chunks, staging.epochs(names), settings, strict=True)
+    return stage_plan(chunks, [passes.under(own).epoch_steps(chunk, epochs) for chunk, epochs, own in each], settings)

@@ -42,6 +42,10 @@ class SourceReport:
     standard_error: float | None = None
     mean_logps_accuracy: float | None = None
     mean_logps_standard_error: float | None = None
+    shorter_chosen: float | None = None
+    length_matched_pairs: int | None = None
+    length_matched_accuracy: float | None = None
+    length_correlation: float | None = None
     train_ids: list[int] = field(default_factory=list, repr=False)
     val_ids: list[int] = field(default_factory=list, repr=False)
     prompt_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
@@ -57,7 +61,8 @@ class SourceReport:
 
     def scores(self) -> dict[str, float | None]:
         """The figures of the ranking, for a checkpoint."""
-        return {key: value for key, value in self.row().items() if key.endswith(("accuracy", "error"))}
+        parts = ("accuracy", "error", "length", "shorter")
+        return {key: value for key, value in self.row().items() if any(part in key for part in parts)}
 
     def take_scores(self, scores: Mapping[str, float | None]) -> None:
         """Take over the figures of a checkpoint."""
@@ -91,6 +96,7 @@ class Preparation:
         node_rank: of the machine that this process runs on.
         local_rank: of this process on its machine; 0 works for all that run there.
         local_ranks: processes on this machine.
+        stages: names of the stages in the order given, for errors.
     """
 
     tokenize: PairTokenizer
@@ -99,6 +105,12 @@ class Preparation:
     node_rank: int = 0
     local_rank: int = 0
     local_ranks: int = 1
+    stages: Sequence[str] = ()
+
+    def stage_of(self, source: str) -> str:
+        """The stage of a source in words; empty where stages are cut from a pool."""
+        named = (f"stage {n} {name!r}, " for n, name in enumerate(self.stages, 1) if source in name.split("+"))
+        return next(named, "")
 
 
 def prepare_sources(
@@ -249,8 +261,8 @@ def _build_part(
     total = dict(Counter(loaded.dropped) + Counter(done.dropped))
     if not done.pairs:
         raise ConfigurationError(
-            f"source {source.name!r}: 0 of {loaded.total} pairs left ({_listed(total)}); change `data.max_length` or "
-            "`data.sources`"
+            f"{how.stage_of(source.name)}source {source.name!r}: 0 of {loaded.total} pairs left "
+            f"({_listed(total)}); change `data.max_length` or `data.sources`"
         )
     notes = list(loaded.notes)
     if loaded.conversational and (unnamed := tokenize.unnamed_variables()):

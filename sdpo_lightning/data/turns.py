@@ -171,3 +171,13 @@ def clipped(spans: Spans, start: int, stop: int) -> Spans:
     """The parts of the spans within [start, stop), counted from `start`."""
     cut = ((max(begin, start) - start, min(end, stop) - start) for begin, end in spans)
     return tuple((begin, end) for begin, end in cut if begin < end)
+
+
+def scored_tokens(ids: list[int], unscored: Spans) -> int:
+    """How many tokens of a completion count.
+
+    Args:
+        ids: of the completion.
+        unscored: runs of places in it that don't.
+    """
+    return len(ids) - sum(end - begin for begin, end in unscored)

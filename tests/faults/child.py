@@ -6,6 +6,7 @@ import errno
 import os
 import pathlib
 import resource
+import signal
 import sys
 import time
 from functools import wraps
@@ -19,7 +20,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from lightning.pytorch.callbacks import timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from sdpo_lightning import DPOLitModule, StageCheckpoint, callbacks, export, module
+from sdpo_lightning import BackgroundWrites, DPOLitModule, StageCheckpoint, callbacks, export, failpoints, module
 from sdpo_lightning.cli import main
 
 torch.set_num_threads(1)
@@ -37,11 +38,29 @@ def run_cli(words: list[str], env: dict[str, str], output: str, defect: str | No
     rank_zero_only.rank = int(env.get("LOCAL_RANK", 0))
     if "SDPO_FILE_LIMIT" in env:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(env["SDPO_FILE_LIMIT"]), -1))
+    if "SDPO_DIES" in env:
+        _die_with_the_peer(Path(output).parent, env["SDPO_DIES"])
     if "SDPO_DENY" in env:
         _deny_commits()
     if defect is not None:
         DEFECTS[defect]()
     main(words)
+
+
+def _die_with_the_peer(folder: Path, who: str) -> None:
+    """Where rank 0 reaches its failpoint, `both` ranks or `rank 1` alone get SIGKILL."""
+
+    def end() -> None:
+        pid = int((folder / "rank-1.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        if who == "both":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.01)
+
+    failpoints.end = end
+    if os.environ.get("LOCAL_RANK") == "1":
+        (folder / "rank-1.pid").write_text(str(os.getpid()))
 
 
 def _deny_commits() -> None:
@@ -192,3 +211,24 @@ class Checkpoints(StageCheckpoint):
 
     def __init__(self) -> None:
         super().__init__(every_n_train_steps=2)
+
+
+class Elsewhere(StageCheckpoint):
+    """Every second step, in a folder that isn't the run's."""
+
+    def __init__(self) -> None:
+        super().__init__(dirpath=os.environ["SDPO_ELSEWHERE"], every_n_train_steps=2)
+
+
+class AllCheckpoints(StageCheckpoint):
+    """Every second step, and none is deleted."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_train_steps=2, save_top_k=-1)
+
+
+class BackgroundCheckpoints(StageCheckpoint):
+    """As above, written while training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(every_n_train_steps=2, writes=BackgroundWrites())

@@ -47,6 +47,7 @@ class Job:
         reference: name of its class.
         more: further words.
         added: a fourth source, `d`.
+        checkpoints: name of the callback in `child`.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Job:
     reference: str = "ResidentReference"
     more: tuple[str, ...] = ()
     added: bool = False
+    checkpoints: str = "Checkpoints"
 
     @property
     def run_dir(self) -> Path:
@@ -68,7 +70,7 @@ class Job:
             if not path.exists():
                 write_jsonl(path, make_rows(count, seed, name))
             sources.append({"name": name, "path": str(path)})
-        callbacks = [{"class_path": f"child.{name}"} for name in ("RowsSeen", "Signals", "Checkpoints")]
+        callbacks = [{"class_path": f"child.{name}"} for name in ("RowsSeen", "Signals", self.checkpoints)]
         return [
             "fit",
             f"--trainer.default_root_dir={self.run_dir}",
@@ -91,6 +93,20 @@ class Job:
         process.start()
         return process
 
+    def launch_ranks(
+        self, count: int, only: dict[int, dict[str, str]] | None = None
+    ) -> list[multiprocessing.Process]:
+        """Start the command on several ranks and return; the arguments are `start_ranks`'s."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        ranks = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        processes = []
+        for rank in range(count):
+            mine = ranks | {"LOCAL_RANK": str(rank)} | (only or {}).get(rank, {})
+            processes.append(self.launch(mine, self.folder / f"output-{rank}.txt"))
+        return processes
+
     def start_ranks(self, count: int, only: dict[int, dict[str, str]] | None = None) -> list[int]:
         """Run the command on several ranks.
 
@@ -101,14 +117,7 @@ class Job:
         Returns:
             Their exit codes; -9 for those that didn't end by themselves within `LIMIT`.
         """
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        ranks = {"NODE_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        processes = []
-        for rank in range(count):
-            mine = ranks | {"LOCAL_RANK": str(rank)} | (only or {}).get(rank, {})
-            processes.append(self.launch(mine, self.folder / f"output-{rank}.txt"))
+        processes = self.launch_ranks(count, only)
         until = time.monotonic() + LIMIT
         for process in processes:
             process.join(max(0.1, until - time.monotonic()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,33 @@ def test_a_full_disk(job, whole, place):
     compare(whole()[0].run_dir, job.run_dir)
 
 
+@pytest.fixture
+def small_disk(job):
+    """A file system of its own in the place of the run directory: 800 kB, room for one checkpoint but not for two."""
+    job.run_dir.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=800k", "tmpfs", str(job.run_dir)]
+    if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs here")
+    yield job
+    subprocess.run(["umount", str(job.run_dir)], check=True)
+
+
+def test_a_file_system_that_is_full(small_disk, whole):
+    job = small_disk
+    ended = job.start()
+    assert ended.code == 1 and "Traceback" not in ended.text, ended.text
+    [line] = [line for line in ended.text.splitlines() if line.startswith("error:")]
+    assert "No space left on device" in line and ".ckpt can't be written" in line and "bytes free" in line
+    # The first one, whole; of the second nothing is left.
+    [kept] = checkpoints(job)
+    assert torch.load(kept, weights_only=True)["global_step"] > 0
+    assert list(job.run_dir.rglob(".*.tmp")) == []
+    subprocess.run(["mount", "-o", "remount,size=64m", str(job.run_dir)], check=True)
+    ended = job.start()
+    assert ended.code == 0 and f"going on from {kept}" in ended.text, ended.text
+    compare(whole()[0].run_dir, job.run_dir)
+
+
 def test_a_folder_that_cannot_be_written(job):
     ended = job.start({"SDPO_DENY": "1"})
     assert ended.code == 1, ended.text
@@ -151,6 +179,26 @@ def test_a_folder_that_cannot_be_written(job):
 
 
 # ---- which checkpoints stay
+
+
+def test_a_folder_of_checkpoints_elsewhere_is_swept(job, tmp_path):
+    """Only of what bears our names: others may keep files there too."""
+    job = replace(job, more=("--trainer.callbacks+=child.Elsewhere",))
+    elsewhere = tmp_path / "elsewhere"
+    env = {"SDPO_ELSEWHERE": str(elsewhere)}
+    ended = job.start(env | {"SDPO_FAILPOINT": "mid_checkpoint:2"})
+    assert ended.code == 137, ended.text
+    # Two callbacks save, each second step; the second save is the one elsewhere or the run's own.
+    half = [*elsewhere.glob(".*.tmp"), *(job.run_dir / "checkpoints").glob(".*.tmp")]
+    assert len(half) == 1
+    for name in (".x.ckpt.tmp", ".x.ckpt.json.tmp", ".notes.tmp"):
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / name).write_text("half")
+    (elsewhere / ".y.ckpt.tmp").mkdir()
+    ended = job.start(env)
+    assert ended.code == 0, ended.text
+    assert [path.name for path in elsewhere.glob(".*")] == [".notes.tmp"]
+    assert list(job.run_dir.rglob(".*.tmp")) == []
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

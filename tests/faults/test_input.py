@@ -133,7 +133,12 @@ def test_20_bad_rows_are_dropped_by_reason_with_file_and_row(place, capsys, capl
     said = checked(place, capsys)
     assert f"{len(good) + len(bad)} rows, 8 pairs to train on" in said
     caplog.clear()
+    caplog.set_level("INFO", logger="sdpo_lightning")
     main(["fit", *place.words()])
+    # `fit` says it in the same words: counts, shares, reasons, lengths.
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    told = [line for line in logged if line.startswith("source 'a': ") and ("rows," in line or "p50/p95/max" in line)]
+    assert len(told) == 2 and all(line in said for line in told)
     [report] = place.reports()
     assert report["pairs"] == 8
     assert report["dropped"] == {reason: len(rows) for reason, rows in BAD_ROWS.items()}
@@ -321,7 +326,21 @@ def test_25_a_stage_without_pairs_is_refused(place, refused):
     place.source("a", make_rows(4, 1))
     place.source("x", [row(" ".join(["w1"] * 70))] * 40)
     for said in refused(place):
-        assert "source 'x': 0 of 40 pairs left (40 prompt_too_long)" in said
+        assert "stage 2 'x', source 'x': 0 of 40 pairs left (40 prompt_too_long)" in said
+
+
+def test_25_the_stage_is_named_where_sources_make_stages(place, refused):
+    for name in ("a", "b"):
+        place.source(name, make_rows(4, 1))
+    long, same = row(" ".join(["w1"] * 70)), row("w1", " w2", " w2")
+    place.source("x", [long] * 3 + [same] * 2)
+    for words, stage in (
+        (["--data.stages=[[b],[a,x]]"], "stage 2 'a+x', "),
+        (["--data.partition=pooled"], ""),
+        (["--data.partition=random"], ""),
+    ):
+        for said in refused(place, *words):
+            assert f"error: {stage}source 'x': 0 of 5 pairs left (2 identical, 3 prompt_too_long)" in said
 
 
 # ---- 26, 27, 28, 29: tokenizers

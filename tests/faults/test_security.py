@@ -152,6 +152,34 @@ def test_a_model_with_pickled_weights_only_is_refused(tmp_path, words, sentinel,
     assert not sentinel.exists() and not (tmp_path / "run" / "stages").exists()
 
 
+@pytest.mark.parametrize("pickled", [True, False])
+def test_pickled_weights_need_a_flag_and_run_nothing_with_it(
+    tmp_path, words, sentinel, capsys, monkeypatch, tiny_model_dir, pickled
+):
+    # It would turn off the default, but not what is asked for.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder = tmp_path / "bin"
+    shutil.copytree(tiny_model_dir, folder)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state | ({"evil": Payload(sentinel)} if pickled else {}), folder / "pytorch_model.bin")
+    given = ["fit", *words(folder), "--model.allow_bin_weights=true"]
+    if pickled:
+        said = stopped(given, capsys, 2)
+        assert "holds more than tensors" in said and "none of it was run" in said
+        assert not (tmp_path / "run" / "stages").exists()
+    else:
+        main(given)
+        capsys.readouterr()
+        # The same weights as those of the safetensors: so is what they are trained to.
+        first = load_file(next((tmp_path / "run" / "stages").glob("01-*")) / "model.safetensors")
+        shutil.rmtree(tmp_path / "run")
+        main(["fit", *words()])
+        second = load_file(next((tmp_path / "run" / "stages").glob("01-*")) / "model.safetensors")
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert not sentinel.exists()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "own_kind"])
 @pytest.mark.parametrize("verb", ["check", "fit", "estimate"])
 def test_code_of_a_model_repository_never_runs(tmp_path, words, sentinel, capsys, tiny_model_dir, model_type, verb):
