@@ -334,6 +334,17 @@ def test_a_template_that_writes_earlier_turns_otherwise_drops_the_pair() -> None
     assert tokenize([user("q")], TURNS[:3], [assistant("no")]) == "unclear_turns"
 
 
+def test_a_chance_newline_is_not_taken_for_the_end_of_a_turn() -> None:
+    tokenizer = tokenizer_of("chatml")
+    # Earlier answers begin with a newline, the last one doesn't: "\n" of its end stands where the whole has the other.
+    tokenizer.chat_template = (
+        "x{% for m in messages %}{{ '\n' if m.role == 'assistant' and not loop.last }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    tokenize = PairTokenizer(tokenizer, 1000)
+    assert tokenize([user("q")], TURNS[:3], [assistant("no")]) == "unclear_turns"
+
+
 def test_truncation_moves_and_cuts_what_is_not_scored() -> None:
     tokenizer = tokenizer_of("chatml")
     whole = PairTokenizer(tokenizer, 1000)([user("q")], TURNS, [assistant("no")])
