@@ -19,6 +19,7 @@ from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, PairToke
 from sdpo_lightning.data.messages import unpack
 from sdpo_lightning.data.prepare import Preparation, prepare_sources
 from sdpo_lightning.data.sources import SourceRows, load_source
+from sdpo_lightning.data.survey import survey
 from sdpo_lightning.logprobs import pair_logps
 from sdpo_lightning.types import ConfigurationError
 
@@ -333,6 +334,17 @@ def test_a_template_that_writes_earlier_turns_otherwise_drops_the_pair() -> None
     assert tokenize([user("q")], TURNS[:3], [assistant("no")]) == "unclear_turns"
 
 
+def test_a_chance_newline_is_not_taken_for_the_end_of_a_turn() -> None:
+    tokenizer = tokenizer_of("chatml")
+    # Earlier answers begin with a newline, the last one doesn't: "\n" of its end stands where the whole has the other.
+    tokenizer.chat_template = (
+        "x{% for m in messages %}{{ '\n' if m.role == 'assistant' and not loop.last }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    tokenize = PairTokenizer(tokenizer, 1000)
+    assert tokenize([user("q")], TURNS[:3], [assistant("no")]) == "unclear_turns"
+
+
 def test_truncation_moves_and_cuts_what_is_not_scored() -> None:
     tokenizer = tokenizer_of("chatml")
     whole = PairTokenizer(tokenizer, 1000)([user("q")], TURNS, [assistant("no")])
@@ -430,6 +442,23 @@ def test_what_is_left_out_stands_in_the_report_and_the_log(tmp_path: Path, caplo
     assert warned == [
         "source 'x': the chat template doesn't name enable_thinking, other; see `data.sources[x].chat_template_kwargs`",
         "source 'x': of 3 pairs 3 unrendered_reasoning_content",
+    ]
+
+
+def test_a_prompt_is_the_same_one_beside_fields_of_other_rows(tmp_path: Path) -> None:
+    # Thoughts in one row make Arrow hold all messages of that file otherwise; q0 still is q0.
+    plain = [{**SIMPLE, "prompt": [user(f"q{n}")]} for n in range(3)]
+    rich = [plain[0], {**SIMPLE, "prompt": [user("q9")], "chosen": [assistant("y", reasoning_content="r")]}]
+    train, held = write_jsonl(tmp_path / "train.jsonl", plain), write_jsonl(tmp_path / "held.jsonl", rich)
+    sources = [PreferenceSource("a", str(train), val_path=str(held)), PreferenceSource("b", str(held))]
+    reports, parts = prepare_sources(sources, Preparation(PairTokenizer(tokenizer_of("qwen3"), 1000)))
+    first, second = (report.prompt_keys.tolist() for report in reports)
+    assert first[0] == second[0] and len({*first, *second}) == 4
+    found = [finding.text for finding in survey(parts, reports, "warn") if "held out" in finding.text]
+    # Held out are q0, trained on in both, and q9, trained on in b.
+    assert found == [
+        "2 prompts are both trained on and held out (held out by 'a' and trained on in 'a', held out by 'a' and "
+        "trained on in 'b')"
     ]
 
 

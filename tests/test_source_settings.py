@@ -204,6 +204,14 @@ def test_answers_beside_messages_are_the_assistants(tmp_path: Path) -> None:
     assert [pair[side][0]["content"] for side in ("chosen", "rejected")] == ["y", "x"]
 
 
+def test_an_answer_of_another_form_drops_its_own_pairs_only(tmp_path: Path) -> None:
+    # Beside a string prompt: x and z are strings, y is messages, so of three pairs only z > x is left.
+    answers = ["x", [{"role": "assistant", "content": "y"}], "z"]
+    loaded = load(tmp_path, [{"prompt": "q", "a": answers, "s": [1, 2, 3]}], rated_pairs="all", **SCORED)
+    assert [(r["chosen"], r["rejected"]) for r in loaded.rows] == [("z", "x")]
+    assert (loaded.total, loaded.dropped) == (3, {"wrong_type": 2})
+
+
 def test_every_pair_of_a_row_has_its_own_stable_id(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "a": ["w", "x"], "s": [0, 1]}, {"prompt": "q", "a": ["x", "y", "z"], "s": [1, 5, 2]}]
     every = load(tmp_path, rows, rated_pairs="all", **SCORED)

@@ -170,8 +170,8 @@ def _rated(record: dict[str, Any], form: Form, prompt: Text) -> list[Row | str]:
     rated = [None if text is None else score for text, score in zip(texts, scores, strict=True)]
     rows: list[Row | str] = []
     for better, worse in choose_pairs(rated, form.rated_pairs, form.min_gap):
-        pair = _with_system(record, form, True, *_explicit(prompt, texts[better], texts[worse]))
         try:
+            pair = _with_system(record, form, True, *_explicit(prompt, texts[better], texts[worse]))
             _check(*pair)
             extras = "" if isinstance(pair[0], str) else _extras(record, form)
             rows.append(Row(*pair, pair_number(better, worse), extras))

@@ -81,8 +81,8 @@ def load_source(
         first_row: added to the row numbers in `pair_id`, so that ids of a second file don't collide.
 
     Returns:
-        The rows. `pair_id` is `source_index << 40 | first_row + n`; n counts the rows of the file from 0,
-        before any is dropped; blank lines aren't rows.
+        The rows. `pair_id` is that of `rows.pair_id_of`; its row n counts the rows of the file from 0, before any is
+        left out or dropped; blank lines aren't rows.
 
     Raises:
         ConfigurationError: nothing readable at the path, a column that isn't there, no row left, or, with

@@ -110,7 +110,7 @@ class ChatTemplate:
             if is_assistant:
                 continue
             heard = self.ids(prompt + side[:place])
-            begin, end = _end_within(self.ids(prompt + side[:start]), whole), _end_within(heard, whole)
+            begin, end = (self._end_within(part, whole) for part in (self.ids(prompt + side[:start]), heard))
             opened = self.ids(prompt + side[:place], True)
             if opened[: len(heard)] == heard:
                 end += common_prefix(opened[len(heard) :], whole[end:])
@@ -118,6 +118,24 @@ class ChatTemplate:
                 raise UnclearTurns
             found.append((begin, end))
         return tuple(found)
+
+    def _end_within(self, part: list[int], whole: list[int]) -> int:
+        """Where in `whole` a beginning of the dialogue ends.
+
+        A template may write something into the last turn only (Qwen3: an empty thought), which the whole doesn't have
+        at that place: one such run of ids is skipped. It lies within a turn, so it doesn't hold what ends one.
+        """
+        same = common_prefix(part, whole)
+        if same == len(part):
+            return same
+        special = set(self._tokenizer.all_special_ids)
+        turn_end = next((number for number in reversed(part) if number in special), None)
+        for rest in range(len(part) - same - 1, 0, -1):
+            if turn_end in part[same : len(part) - rest]:
+                break
+            if part[-rest:] == whole[same : same + rest]:
+                return same + rest
+        raise UnclearTurns
 
     def _unrendered(self, prompt: list[Message], sides: Sequence[list[Message]]) -> tuple[str, ...]:
         """Fields without which one of the dialogues would read the same."""
@@ -150,21 +168,6 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
         if a != b:
             return position
     return min(len(left), len(right))
-
-
-def _end_within(part: list[int], whole: list[int]) -> int:
-    """Where in `whole` a beginning of the dialogue ends.
-
-    A template may write something into the last turn only (Qwen3: an empty thought), which the whole doesn't have at
-    that place: one such run of ids is skipped.
-    """
-    same = common_prefix(part, whole)
-    if same == len(part):
-        return same
-    for rest in range(len(part) - same - 1, 0, -1):
-        if part[-rest:] == whole[same : same + rest]:
-            return same + rest
-    raise UnclearTurns
 
 
 def clipped(spans: Spans, start: int, stop: int) -> Spans:
