@@ -25,6 +25,12 @@ def leaves_files(trainer: pl.Trainer) -> bool:
     return not trainer.fast_dev_run and bool(trainer.limit_train_batches)
 
 
+def is_complete(trainer: pl.Trainer) -> bool:
+    """Whether the last pass of the last stage is done."""
+    last = trainer.datamodule.stages()[-1]
+    return trainer.fit_loop.epoch_progress.current.processed >= last.first_epoch + last.epochs
+
+
 def run_plan(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """All that a resumed run must agree on, as plain values."""
     return trainer.datamodule.plan().values() | pl_module.settings()
