@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.report_command import report_run
-from sdpo_lightning.run_state import is_complete, leaves_files
+from sdpo_lightning.run_state import has_last_model, leaves_files
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ class RunReport(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report. Whatever goes wrong, the run is done, so it is only a warning."""
-        if not trainer.is_global_zero or not leaves_files(trainer) or not trainer.datamodule.is_ranked:
-            return
-        if not is_complete(trainer):
+        if not trainer.is_global_zero or not has_last_model(trainer, pl_module):
             return
         try:
             report_run(run_dir(trainer))

@@ -23,7 +23,7 @@ from sdpo_lightning.files import write_json
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import read_table, score_pairs, write_table
-from sdpo_lightning.run_state import is_complete, leaves_files
+from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
 from sdpo_lightning.scoring import numerics
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import ConfigurationError, LogpTable
@@ -60,7 +60,7 @@ class StageModels(pl.Callback, ABC):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """M_T of a run that had ended before it was looked at."""
-        if not leaves_files(trainer) or not trainer.datamodule.is_ranked or not is_complete(trainer):
+        if not has_last_model(trainer, pl_module):
             return
         last = len(trainer.datamodule.stages())
         if from_first_rank(lambda: all(row["model"] != last for row in self.rows(trainer))):
