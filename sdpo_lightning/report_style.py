@@ -48,7 +48,8 @@ th:not(.num) { text-align: left; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 tr:last-child td { border-bottom: 0; }
 .num { text-align: right; font-variant-numeric: tabular-nums; }
-.heat { text-align: center; }
+.heat, figure th:not(:first-child) { text-align: center; }
+.heat small { display: block; color: var(--soft); }
 .heat.good { background: color-mix(in srgb, var(--good) var(--strength), var(--card)); }
 .heat.bad { background: color-mix(in srgb, var(--bad) var(--strength), var(--card)); }
 .prompt { margin: 0 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); }

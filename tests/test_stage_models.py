@@ -16,6 +16,7 @@ from runs import assert_same_weights, fit, metrics, reproducible
 from transformers import AutoModelForCausalLM
 
 from sdpo_lightning import PreferenceSource, StageEvaluation, StageSamples
+from sdpo_lightning.cli import main
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.stage_models import _until
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
@@ -178,6 +179,25 @@ def test_own_prompts(tmp_path, tiny_model_dir, sources):
     rows = rows_of(tmp_path, "samples.json")
     assert [row["prompt"] for row in rows[:2]] == ["w3 w4", "<start> user w5 <eos> <start> assistant"]
     assert all(row["source"] is None and 1 <= row["tokens"] <= 2 for row in rows) and len(rows) == 6
+
+
+def test_the_command_line_takes_them(tmp_path, tiny_model_dir, sources):
+    callbacks = [
+        {"class_path": "sdpo_lightning.StageSamples", "init_args": {"prompts": ["w3"], "max_new_tokens": 2}},
+        {"class_path": "sdpo_lightning.StageEvaluation", "init_args": {"pairs_per_source": 3}},
+    ]
+    given = {
+        "trainer": {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "callbacks": callbacks},
+        "model": {"model_name_or_path": str(tiny_model_dir)},
+        "data": {"sources": [{"name": s.name, "path": s.path} for s in sources], "max_length": 64, "val_fraction": 0.4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    main(["fit", f"--config={tmp_path / 'config.json'}"])
+    run = tmp_path / "run"
+    assert [row["prompt"] for row in rows_of(run, "samples.json")] == ["w3"] * 3
+    assert {row["pairs"] for row in rows_of(run, "matrix.json")} == {3}
+    page = (run / "report.html").read_text()
+    assert "model_name_or_path" in page and "Not there" not in page
 
 
 def test_an_answer_ends_with_its_end_token():
