@@ -13,6 +13,8 @@ _HOMES = {
     "StageTransition": "callbacks",
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",
+    "StageEvaluation": "stage_models",
+    "StageSamples": "stage_models",
     "Fork": "fork",
     "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",

@@ -39,7 +39,7 @@ from sdpo_lightning.loop_progress import go_by_epochs_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.run_lock import RunLock
-from sdpo_lightning.run_state import close_stage, leaves_files, lock_run, open_stage, take_up
+from sdpo_lightning.run_state import close_stage, is_complete, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
 from sdpo_lightning.self_check import compare_logps, stop_if
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
@@ -242,7 +242,7 @@ class StageTransition(pl.Callback):
         if trainer.fast_dev_run:
             return
         stages = trainer.datamodule.stages()
-        if _is_complete(trainer, stages) and trainer.is_last_batch:
+        if is_complete(trainer) and trainer.is_last_batch:
             _leave(trainer, pl_module, stages[-1])
             return
         stage = pl_module.stage or stages[0]
@@ -260,7 +260,7 @@ class StageTransition(pl.Callback):
         if trainer.ckpt_path is None or trainer.fast_dev_run or not data.is_ranked:
             return
         stages = data.stages()
-        if pl_module.stage is None and _is_complete(trainer, stages):
+        if pl_module.stage is None and is_complete(trainer):
             take_up(trainer, pl_module, stages)
             _leave(trainer, pl_module, stages[-1])
             log.info("already complete: %s", run_dir(trainer))
@@ -297,7 +297,3 @@ def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         close_stage(trainer, pl_module, stage)
         failpoint("after_ledger")
         exporter(trainer).publish(trainer, pl_module, stage)
-
-
-def _is_complete(trainer: pl.Trainer, stages: list[Stage]) -> bool:
-    return trainer.fit_loop.epoch_progress.current.processed >= stages[-1].first_epoch + stages[-1].epochs

@@ -41,8 +41,10 @@ from sdpo_lightning.objectives import PreferenceLoss, SigmoidLoss
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
+from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
+from sdpo_lightning.stage_models import StageEvaluation, StageSamples
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -267,6 +269,7 @@ class DPOLitModule(HeldOutPairs):
         """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
         present = self.trainer.callbacks
         makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress, ContaminationGuard]
+        makers += [StageEvaluation, StageSamples, RunReport]
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)

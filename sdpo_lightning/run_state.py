@@ -25,6 +25,18 @@ def leaves_files(trainer: pl.Trainer) -> bool:
     return not trainer.fast_dev_run and bool(trainer.limit_train_batches)
 
 
+def is_complete(trainer: pl.Trainer) -> bool:
+    """Whether the last pass of the last stage is done; after a stop within it that is to be asked of its last batch."""
+    last = trainer.datamodule.stages()[-1]
+    return trainer.fit_loop.epoch_progress.current.processed >= last.first_epoch + last.epochs
+
+
+def has_last_model(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether this is a run whose M_T is exported."""
+    data = trainer.datamodule
+    return leaves_files(trainer) and data.is_ranked and len(data.stages()) in pl_module.record.digests
+
+
 def run_plan(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """All that a resumed run must agree on, as plain values."""
     return trainer.datamodule.plan().values() | pl_module.settings()

@@ -82,12 +82,13 @@ def _inputs(
         rows_digest=lambda: data.store.digest(ids),
         policy_digest=digest,
         folder=folder,
-        numerics=_numerics(trainer, pl_module),
+        numerics=numerics(trainer, pl_module),
         known=known,
     )
 
 
-def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+def numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """Precision, layout and function that logps come from: other ones give other last digits, or more."""
     logps = type(pl_module).compute_logps
     names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
     return " ".join([*names, str(pl_module.logps.settings())])

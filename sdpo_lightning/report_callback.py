@@ -1,0 +1,48 @@
+"""Rank 6: `report.html` at the end of `fit`."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import lightning.pytorch as pl
+
+from sdpo_lightning.export import run_dir
+from sdpo_lightning.files import write_json
+from sdpo_lightning.report_command import report_run
+from sdpo_lightning.run_state import has_last_model, leaves_files
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("sdpo-lightning", "torch", "lightning", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+class RunReport(pl.Callback):
+    """Leaves `versions.json` and, after the last stage, `report.html`. The PNGs are the verb's."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write down what runs here."""
+        if trainer.is_global_zero and leaves_files(trainer):
+            write_json(run_dir(trainer) / "versions.json", _versions())
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the report. Whatever goes wrong, the run is done, so it is only a warning."""
+        if not trainer.is_global_zero or not has_last_model(trainer, pl_module):
+            return
+        try:
+            report_run(run_dir(trainer))
+        except Exception as error:
+            log.warning("no report (`sdpo-lightning report %s` makes it): %s", run_dir(trainer), error)
+        else:
+            log.info("report: %s", run_dir(trainer) / "report.html")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,74 @@
+"""Rank 3: the verb `report`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from sdpo_lightning.files import publish
+from sdpo_lightning.report_data import Run, read_run
+from sdpo_lightning.report_figures import comparison_charts, run_charts
+from sdpo_lightning.report_page import comparison_page, labels, run_page
+from sdpo_lightning.report_png import can_draw, write_pngs
+from sdpo_lightning.types import ConfigurationError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"report: {message}")
+
+
+def run_report(words: Sequence[str]) -> None:
+    """Write `report.html`, and PNGs where matplotlib is installed.
+
+    Args:
+        words: after `report`: run directories, `--out FILE`.
+
+    Raises:
+        ConfigurationError: a folder is no run.
+    """
+    parser = _Parser(
+        "sdpo-lightning report", description="One HTML file from what a run left; of several, a comparison."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: RUN/report.html; of several runs comparison.html here"
+    )
+    options = parser.parse_args(list(words))
+    try:
+        runs = [read_run(folder) for folder in options.runs]
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"`report`: {error}; give a run's `trainer.default_root_dir`") from error
+    several = len(runs) > 1
+    out = options.out or (Path("comparison.html") if several else runs[0].folder / "report.html")
+    write_page(comparison_page(runs) if several else run_page(runs[0]), out)
+    print(f"written: {out}")
+    for name, why in [pair for run in runs for pair in run.missing.items()]:
+        print(f"left out: {name} ({why})")
+    if can_draw():
+        charts = comparison_charts(runs, labels(runs)) if several else run_charts(runs[0])
+        folder = out.with_suffix("")
+        print(f"written: {len(write_pngs(charts, folder))} PNGs in {folder}")
+    else:
+        print("no PNGs: matplotlib is missing (the `[report]` extra)")
+
+
+def report_run(folder: Path) -> Run:
+    """Write `report.html` into a run's folder, as `fit` does at its end.
+
+    Args:
+        folder: the run directory.
+    """
+    run = read_run(folder)
+    write_page(run_page(run), folder / "report.html")
+    return run
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a page that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    publish(staging, path)

@@ -1,0 +1,218 @@
+"""Rank 6: callbacks that look at S and at every M_t once, as soon as it is there: `StageEvaluation`, `StageSamples`.
+
+M_{t-1} is the policy at the first batch of stage t, whether the run has just left stage t-1 or was resumed there, so
+nothing has to be read again. Neither touches a random state nor a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from transformers import GenerationConfig
+
+from sdpo_lightning.attention import packed_rows
+from sdpo_lightning.data.curriculum import stage_of_epoch
+from sdpo_lightning.export import run_dir
+from sdpo_lightning.files import write_json
+from sdpo_lightning.matrix import matrix_rows, merged
+from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.reference import read_table, score_pairs, write_table
+from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
+from sdpo_lightning.scoring import numerics
+from sdpo_lightning.strategy import sharding_of
+from sdpo_lightning.types import ConfigurationError, LogpTable
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, str]
+
+
+class StageModels(pl.Callback, ABC):
+    """Calls `look_at` with t = 0 before stage 1, and with t after stage t."""
+
+    # Of the run directory: {"rows": [...]}, each row with its `model`.
+    file_name: str
+
+    @abstractmethod
+    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+        """The policy is M_index. All ranks call it."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """On the first batch of stage t: M_{t-1}."""
+        if batch_idx or not leaves_files(trainer):
+            return
+        stage = stage_of_epoch(trainer.datamodule.stages(), trainer.current_epoch)
+        if trainer.current_epoch == stage.first_epoch:
+            self.look_at(trainer, pl_module, stage.index - 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """M_T, if the plan is complete."""
+        if leaves_files(trainer) and is_complete(trainer) and trainer.is_last_batch:
+            self.look_at(trainer, pl_module, len(trainer.datamodule.stages()))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """M_T of a run that had ended before it was looked at."""
+        if not has_last_model(trainer, pl_module):
+            return
+        last = len(trainer.datamodule.stages())
+        if from_first_rank(lambda: all(row["model"] != last for row in self.rows(trainer))):
+            self.look_at(trainer, pl_module, last)
+
+    def rows(self, trainer: pl.Trainer) -> list[dict[str, Any]]:
+        """What stands in the file."""
+        path = run_dir(trainer) / self.file_name
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def write(self, trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+        """Put the rows of a model into the file."""
+        write_json(run_dir(trainer) / self.file_name, {"rows": merged(self.rows(trainer), rows)})
+
+
+class StageEvaluation(StageModels):
+    """Scores the held-out pairs of all sources by every model; leaves `matrix.json`.
+
+    Costs a pass over them a stage. Their logps are kept in `references/held-out-0t.safetensors`, for a resumed run.
+
+    Args:
+        pairs_per_source: at most so many of each source; None is all, 0 switches it off.
+
+    Raises:
+        ConfigurationError: a negative number.
+    """
+
+    file_name = "matrix.json"
+
+    def __init__(self, pairs_per_source: int | None = None) -> None:
+        if pairs_per_source is not None and pairs_per_source < 0:
+            raise ConfigurationError(f"`pairs_per_source` of StageEvaluation is {pairs_per_source}, expected 0 or more")
+        self.pairs_per_source = pairs_per_source
+        self._key: tuple[list[int], str] | None = None
+
+    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+        """Score by M_index, and write its rows."""
+        reports = trainer.datamodule.reports.values()
+        ids = [i for report in reports for i in report.val_ids[: self.pairs_per_source]]
+        if not ids or not trainer.limit_val_batches:
+            return
+        # The ranking has scored them.
+        known = pl_module.m0_logps if index == 0 else None
+        table = score_pairs(pl_module.policy, trainer.datamodule.batches(ids), pl_module.score, known)
+        from_first_rank(lambda: self._write_table(trainer, pl_module, index, ids, table))
+
+    def _write_table(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, ids: list[int], table: LogpTable
+    ) -> None:
+        if self._key is None or self._key[0] != ids:
+            self._key = ids, f"{trainer.datamodule.store.digest(ids)} {numerics(trainer, pl_module)}"
+        key = self._key[1]
+        write_table(_table_path(trainer, index), table, key)
+        m0, before = (read_table(_table_path(trainer, t), key) if index else None for t in (0, index - 1))
+        self.write(trainer, matrix_rows(index, table, trainer.datamodule.source_of, m0, before))
+
+
+def _table_path(trainer: pl.Trainer, index: int) -> Path:
+    return run_dir(trainer) / "references" / f"held-out-{index:02d}.safetensors"
+
+
+class StageSamples(StageModels):
+    """Has S and every M_t answer the same prompts, greedily; leaves `samples.json`. Not with sharded weights.
+
+    Args:
+        prompts: texts, or lists of messages; None takes a few held-out prompts (without any, of the training pairs),
+            `[]` switches it off.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        ConfigurationError: fewer than one token.
+    """
+
+    file_name = "samples.json"
+    default_count = 3
+
+    def __init__(self, prompts: list[str | list[Message]] | None = None, max_new_tokens: int = 64) -> None:
+        if max_new_tokens < 1:
+            raise ConfigurationError(f"`max_new_tokens` of StageSamples is {max_new_tokens}, expected 1 or more")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+
+    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+        """Generate by M_index on rank 0. What goes wrong there is only a warning: it is no part of training."""
+        if sharding_of(trainer.strategy) is not None:
+            if index == 0 and self.prompts != []:
+                log.info("no sample answers: `generate` doesn't run on sharded weights")
+            return
+        if not trainer.is_global_zero:
+            return
+        try:
+            prompts = self._prompts(trainer)
+            if prompts:
+                self.write(trainer, self._rows(trainer, pl_module, index, prompts))
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+            log.warning("no sample answers of M_%d: %s", index, error)
+
+    def _prompts(self, trainer: pl.Trainer) -> list[tuple[str | None, list[int]]]:
+        """Source, where it is one's, and ids of each prompt."""
+        data = trainer.datamodule
+        if self.prompts is not None:
+            return [(None, _prompt_ids(data.tokenizer, prompt)) for prompt in self.prompts]
+        # One of each source, then the next of each.
+        lists = [report.val_ids or report.train_ids for report in data.reports.values()]
+        ids = [part[n] for n in range(self.default_count) for part in lists if n < len(part)][: self.default_count]
+        return [(data.source_of(i), pair.prompt_ids) for i, pair in zip(ids, data.store.get(ids), strict=True)]
+
+    def _rows(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        index: int,
+        prompts: list[tuple[str | None, list[int]]],
+    ) -> list[dict[str, Any]]:
+        tokenizer = trainer.datamodule.tokenizer
+        rows = []
+        for (source, ids), answer in zip(prompts, self._answers(trainer, pl_module, prompts), strict=True):
+            texts = tokenizer.decode(ids), tokenizer.decode(answer, skip_special_tokens=True)
+            rows.append(
+                {"model": index, "source": source, "prompt": texts[0], "answer": texts[1], "tokens": len(answer)}
+            )
+        return rows
+
+    def _answers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prompts: list[tuple[str | None, list[int]]]
+    ) -> list[list[int]]:
+        policy, data = pl_module.policy, trainer.datamodule
+        model, pad, width = policy.model, data.pad_token_id, max(len(ids) for _, ids in prompts)
+        rows = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in prompts], device=pl_module.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in prompts], device=pl_module.device)
+        eos = model.generation_config.eos_token_id or data.tokenizer.eos_token_id
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
+        )
+        was_training = policy.training
+        policy.eval()
+        try:
+            with torch.no_grad(), packed_rows(False), trainer.precision_plugin.forward_context():
+                found = model.generate(input_ids=rows, attention_mask=mask, generation_config=settings)
+        finally:
+            policy.train(was_training)
+        ends = set(eos if isinstance(eos, list) else [eos])
+        return [_until(answer, ends) for answer in found[:, width:].tolist()]
+
+
+def _until(answer: list[int], ends: set[int]) -> list[int]:
+    """Up to the first end token, which counts; what follows is padding."""
+    end = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+    return answer[: end + 1]
+
+
+def _prompt_ids(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
