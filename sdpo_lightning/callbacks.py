@@ -133,8 +133,7 @@ class StageTransition(pl.Callback):
         if record.entered:
             read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
-            # A fork stands at a stage's end: only a reference that is held back is needed.
-            if trainer.ckpt_path is not None or not self.should_advance(trainer, stages[record.entered]):
+            if trainer.ckpt_path is not None or self._is_behind(trainer, pl_module, stages[record.entered]):
                 inputs = stage_inputs(trainer, pl_module, pl_module.stage)
                 pl_module.reference.restore(
                     lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
@@ -142,6 +141,16 @@ class StageTransition(pl.Callback):
         if pl_module.random_states is not None:
             restore_random_states(pl_module.random_states)
             pl_module.random_states = None
+
+    def _is_behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, following: Stage) -> bool:
+        """In a fork, at a stage's end: whether the reference of the next stage is another model than the policy."""
+        if not self.should_advance(trainer, following):
+            return True
+        index = pl_module.reference.model_index(following)
+        if index == following.index - 1:
+            return False
+        pl_module.record.reference = index
+        return True
 
     # ---- the boundary
 
@@ -164,7 +173,7 @@ class StageTransition(pl.Callback):
         inputs = stage_inputs(trainer, pl_module, stage)
         if advances:
             pl_module.reference.advance(pl_module.policy, stage, inputs)
-            record.reference = stage.index - 1
+            record.reference = pl_module.reference.model_index(stage)
         else:
             pl_module.reference.stay(stage, inputs)
         failpoint("after_advance")
@@ -177,11 +186,12 @@ class StageTransition(pl.Callback):
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
-        self._check_weights(trainer, pl_module, stage, advances)
+        self._check_weights(trainer, pl_module, stage)
         pl_module.last_logps = None
         failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
-        self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
+        same = record.reference == stage.index - 1 and pl_module.reference.starts_at_policy
+        self._unchecked = batch if advances and same else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -205,16 +215,15 @@ class StageTransition(pl.Callback):
         stop_if(trainer, pl_module.stage, problem)
 
     @staticmethod
-    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, advances: bool) -> None:
-        """Stop a run whose policy or reference isn't M_{t-1} by digest."""
-        problem = ""
-        expected = pl_module.record.digests[stage.index - 1]
+    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+        """Stop a run whose policy isn't M_{t-1} by digest, or whose reference isn't what is recorded of it."""
+        problem, record = "", pl_module.record
+        expected, index = record.digests[stage.index - 1], record.reference
+        found = pl_module.reference.digest()
         if weights_digest(pl_module.policy) != expected:
             problem = f"the policy is not M_{stage.index - 1}, whose sha is {expected[:12]}"
-        elif advances and pl_module.reference.starts_at_policy:
-            found = pl_module.reference.digest()
-            if found is not None and found != expected:
-                problem = f"the reference has sha {found[:12]}, M_{stage.index - 1} has {expected[:12]}"
+        elif found is not None and found != record.digests[index]:
+            problem = f"the reference has sha {found[:12]}, M_{index} has {record.digests[index][:12]}"
         stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs

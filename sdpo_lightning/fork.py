@@ -165,7 +165,10 @@ def _adopted_ledger(
 
 
 def _absolute(weights: Weights, root: Path) -> Weights:
-    return weights if weights.folder is None else replace(weights, folder=str(root / weights.folder))
+    # An external reference may have a hub name.
+    if weights.folder is None or not (root / weights.folder).exists():
+        return weights
+    return replace(weights, folder=str(root / weights.folder))
 
 
 def _stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, own: Ledger, finished: list[Stage]) -> Ledger:

@@ -10,10 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter, model_digest
+from sdpo_lightning.adapter_reference import AdapterReference, FirstAdapter, check_adapters, frozen_adapter
 from sdpo_lightning.adapters import LoraSettings, check_checkpoint, into_checkpoint_
 from sdpo_lightning.backbone import (
     CausalBackbone,
@@ -39,7 +38,8 @@ from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference
+from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.strategy import sharding_of
@@ -123,6 +123,7 @@ class DPOLitModule(StageOptimization):
         # The checkpoint that the command line found on this rank's disk.
         self.goes_on_from: str | None = None
         self.record = StageRecord()
+        self.first_adapter: FirstAdapter | None = None
         self.m0_logps: LogpTable | None = None
         self.random_states: list[dict[str, Any]] | None = None
         self.resumed_plan: dict[str, Any] = {}
@@ -138,6 +139,7 @@ class DPOLitModule(StageOptimization):
             self.policy = self._load(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
+            self.first_adapter = None if self.lora is None else FirstAdapter(self.policy.model)
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
@@ -179,37 +181,18 @@ class DPOLitModule(StageOptimization):
         return torch.bfloat16
 
     def load_reference_weights(self, run_dir: Path) -> nn.Module:
-        """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
-
-        Returns:
-            A model of its own; with adapters, the policy with its frozen adapter.
-
-        Raises:
-            ResumeError: the folder's digest isn't the recorded one.
-        """
-        index = self.record.reference
-        folder = self.record.folders.get(index)
-        path = self.model_name_or_path if folder is None else str(run_dir / folder)
-        if folder is not None and not from_first_rank((run_dir / folder).is_dir):
-            raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
-        try:
-            weights = self.read_model(None if folder is None else run_dir / folder)
-        except (ConfigurationError, OSError, SafetensorError) as error:
-            if folder is None:
-                raise
-            raise ResumeError(f"reference M_{index} sha mismatch: {path} is damaged ({error})") from error
-        check_reference_digest(index, path, model_digest(weights), self.record.digests[index])
-        return weights
+        """Read the M_t that the reference is restored from, and verify it; see `recorded_weights`."""
+        return recorded_weights(self, run_dir)
 
     def read_model(self, folder: Path | None) -> nn.Module:
         """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
         if self.lora is not None:
-            return frozen_adapter(self.policy, folder)
+            return frozen_adapter(self.policy, folder, self.first_adapter)
         return self._load(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
-        return super().settings() | {
+        return super().settings() | self.reference.settings() | {
             "model.beta": self.beta,
             "model.label_smoothing": self.label_smoothing,
             "model.disable_dropout": self.disable_dropout,
@@ -327,11 +310,7 @@ class DPOLitModule(StageOptimization):
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
         check_checkpoint(checkpoint, self.policy, self.lora, self.quantization)
         record = StageRecord(**checkpoint["stage_record"])
-        if self.record.digests and self.record.digests[0] != record.digests[0]:
-            raise ResumeError(
-                f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
-                f"with {record.digests[0][:12]}"
-            )
+        check_beginning(self.record, record)
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())

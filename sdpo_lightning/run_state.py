@@ -102,7 +102,8 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
             log.warning("%s has no %s: it is made again from the checkpoint", folder, LEDGER)
             ledger = Ledger({}, [], _checkpoint_folders(trainer))
             for stage in stages[: record.entered]:
-                held = record.reference if stage.index == record.entered else stage.index - 1
+                under_way = stage.index == record.entered
+                held = record.reference if under_way else pl_module.reference.model_index(stage)
                 ledger.stages.append(_entry(trainer, record, stage, held))
         else:
             before = deepcopy(ledger)
