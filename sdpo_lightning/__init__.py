@@ -19,6 +19,8 @@ _HOMES = {
     "ResidentReference": "reference",
     "CachedReference": "reference",
     "AdapterReference": "adapter_reference",
+    "UpdatingReference": "updating_reference",
+    "KLBoundReference": "updating_reference",
     "FixedReference": "fixed_reference",
     "CachedFixedReference": "fixed_reference",
     "FixedAdapterReference": "fixed_reference",

@@ -10,6 +10,7 @@ those are skipped on some resumes.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -34,8 +35,10 @@ from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
 from sdpo_lightning.fork import adopt
+from sdpo_lightning.policy_start import start_policy_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.reference_start import check_reference
 from sdpo_lightning.run_lock import RunLock
 from sdpo_lightning.run_state import close_stage, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
@@ -53,6 +56,8 @@ class StageTransition(pl.Callback):
 
     # The first batch of a stage, until its logps are compared.
     _unchecked: PreferenceBatch | None = None
+    # Optimizer steps that the reference has been told of.
+    _steps_told = 0
 
     def __init__(self) -> None:
         self._lock = RunLock()
@@ -74,6 +79,7 @@ class StageTransition(pl.Callback):
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
+        check_reference(trainer, pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         # Inference tensors, of a reference or of gathered shards, can't be trained or copied into later.
@@ -127,7 +133,7 @@ class StageTransition(pl.Callback):
         self._set_epochs(trainer, data.total_epochs())
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
-        record = pl_module.record
+        record, self._steps_told = pl_module.record, trainer.global_step
         if trainer.ckpt_path is not None and leaves_files(trainer):
             take_up(trainer, pl_module, stages)
         if record.entered:
@@ -176,6 +182,7 @@ class StageTransition(pl.Callback):
             record.reference = pl_module.reference.model_index(stage)
         else:
             pl_module.reference.stay(stage, inputs)
+        start = start_policy_(pl_module, stage)
         failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
@@ -186,11 +193,11 @@ class StageTransition(pl.Callback):
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
-        self._check_weights(trainer, pl_module, stage)
+        self._check_weights(trainer, pl_module, stage, start)
         pl_module.last_logps = None
         failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
-        same = record.reference == stage.index - 1 and pl_module.reference.starts_at_policy
+        same = record.reference == start and pl_module.reference.starts_at_policy
         self._unchecked = batch if advances and same else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
 
@@ -214,14 +221,24 @@ class StageTransition(pl.Callback):
             problem = compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
         stop_if(trainer, pl_module.stage, problem)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        """Tell the reference of the micro-batch, and of the optimizer step if there was one, before it is saved."""
+        if pl_module.last_logps is not None:
+            pl_module.reference.observe(batch, *pl_module.last_logps)
+        if trainer.global_step != self._steps_told:
+            self._steps_told = trainer.global_step
+            pl_module.reference.after_step(pl_module.policy)
+
     @staticmethod
-    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
-        """Stop a run whose policy isn't M_{t-1} by digest, or whose reference isn't what is recorded of it."""
+    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, start: int) -> None:
+        """Stop a run whose policy isn't M_start by digest, or whose reference isn't what is recorded of it."""
         problem, record = "", pl_module.record
-        expected, index = record.digests[stage.index - 1], record.reference
+        expected, index = record.digests[start], record.reference
         found = pl_module.reference.digest()
         if weights_digest(pl_module.policy) != expected:
-            problem = f"the policy is not M_{stage.index - 1}, whose sha is {expected[:12]}"
+            problem = f"the policy is not M_{start}, whose sha is {expected[:12]}"
         elif found is not None and found != record.digests[index]:
             problem = f"the reference has sha {found[:12]}, M_{index} has {record.digests[index][:12]}"
         stop_if(trainer, stage, problem)

@@ -36,6 +36,7 @@ from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.losses import dpo_loss
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
+from sdpo_lightning.policy_start import PolicyStart, check_start_name
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference
@@ -75,6 +76,7 @@ class DPOLitModule(StageOptimization):
         liger: Liger's kernels for norms, MLP and rotary embedding (CUDA only; the `[liger]` extra).
         lora: train adapters instead of the weights (the `[peft]` extra).
         quantization: of the frozen weights below the adapters.
+        policy_starts_at: what each later stage trains on from: `previous`, M_{t-1}, or `sft`, S again (section 4.5).
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -97,6 +99,7 @@ class DPOLitModule(StageOptimization):
         liger: bool = False,
         lora: LoraSettings | None = None,
         quantization: QuantizationName | None = None,
+        policy_starts_at: PolicyStart = "previous",
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
@@ -109,6 +112,8 @@ class DPOLitModule(StageOptimization):
         default = ResidentReference if lora is None else AdapterReference
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
+        check_start_name(policy_starts_at)
+        self.policy_starts_at: PolicyStart = policy_starts_at
         self.lora = lora
         self.quantization: QuantizationName | None = quantization
         # Adapters are saved without their base; `on_load_checkpoint` is strict about them.
@@ -196,6 +201,7 @@ class DPOLitModule(StageOptimization):
             "model.beta": self.beta,
             "model.label_smoothing": self.label_smoothing,
             "model.disable_dropout": self.disable_dropout,
+            "model.policy_starts_at": self.policy_starts_at,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "trainer.gradient_clip_algorithm": str(self.trainer.gradient_clip_algorithm),
@@ -298,6 +304,7 @@ class DPOLitModule(StageOptimization):
         checkpoint["stage_record"] = asdict(self.record)
         checkpoint["random_states"] = collect_random_states()
         checkpoint["run_plan"] = run_plan(self.trainer, self)
+        checkpoint["reference"] = self.reference.state_dict()
         into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -316,3 +323,4 @@ class DPOLitModule(StageOptimization):
             compare_plans(self.resumed_plan, self.settings())
         self.record = record
         self.random_states = checkpoint["random_states"]
+        self.reference.load_state_dict(checkpoint["reference"])

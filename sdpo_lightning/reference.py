@@ -34,7 +34,7 @@ class ReferencePolicy(ABC):
 
     Attributes:
         starts_at_policy: True if at the first step of a stage the reference is the policy (stepwise DPO).
-            Then the self-check compares their logps wherever `model_index` says M_{t-1}.
+            Then the self-check compares their logps wherever it is the M_t that the policy starts from.
         tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
         tolerance_bf16: the same under bf16 autocast.
     """
