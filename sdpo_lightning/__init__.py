@@ -19,6 +19,8 @@ _HOMES = {
     "ResidentReference": "reference",
     "CachedReference": "reference",
     "AdapterReference": "adapter_reference",
+    "ExternalReference": "external_reference",
+    "CachedExternalReference": "external_reference",
     "UpdatingReference": "updating_reference",
     "KLBoundReference": "updating_reference",
     "FixedReference": "fixed_reference",

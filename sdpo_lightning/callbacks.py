@@ -240,7 +240,8 @@ class StageTransition(pl.Callback):
         if weights_digest(pl_module.policy) != expected:
             problem = f"the policy is not M_{start}, whose sha is {expected[:12]}"
         elif found is not None and found != record.digests[index]:
-            problem = f"the reference has sha {found[:12]}, M_{index} has {record.digests[index][:12]}"
+            name = f"M_{index}" if index >= 0 else "the external model"
+            problem = f"the reference has sha {found[:12]}, {name} has {record.digests[index][:12]}"
         stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs

@@ -147,7 +147,7 @@ def _adopted_ledger(
     own = Ledger({}, [], [], parent=Parent(str(root), fork.from_stage, None))
     if parent is None:
         return _stand_in(trainer, pl_module, own, finished), None
-    began, s_digest = parent.stages[0].reference.sha256, pl_module.record.digests[0]
+    began, s_digest = parent.s_sha256 or parent.stages[0].reference.sha256, pl_module.record.digests[0]
     if began != s_digest:
         raise ResumeError(f"`model.model_name_or_path`: S has sha {s_digest[:12]}, {root} began with {began[:12]}")
     for entry, stage in zip(parent.stages, finished, strict=False):

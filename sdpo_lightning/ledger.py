@@ -87,6 +87,7 @@ class Ledger:
         checkpoints: folders of checkpoints.
         stages: the stages that have begun, in order.
         parent: of a fork; its models lie there.
+        s_sha256: of S, which the first stage's reference need not be; None in ledgers of before.
     """
 
     plan: dict[str, Any]
@@ -94,6 +95,7 @@ class Ledger:
     checkpoints: list[str]
     stages: list[LedgerStage] = field(default_factory=list)
     parent: Parent | None = None
+    s_sha256: str | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> Ledger | None:

@@ -82,12 +82,34 @@ def cache_key(inputs: ReferenceInputs) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_table(path: Path, table: LogpTable, key: str) -> None:
-    """Write logps as safetensors that appear whole or not at all, their key in the header."""
+def known_logps(table: LogpTable, batch: PreferenceBatch) -> PairLogps:
+    """Look up a batch, whose real pairs must all be there.
+
+    Args:
+        table: of logps.
+        batch: of B pairs.
+
+    Returns:
+        `PairLogps` of `[B]`.
+    """
+    logps, known = table.lookup(batch.pair_id)
+    assert bool((known | (batch.weights == 0)).all()), "a pair without cached reference logps"
+    return logps
+
+
+def write_table(path: Path, table: LogpTable, key: str, model: str = "") -> None:
+    """Write logps as safetensors that appear whole or not at all, their key in the header.
+
+    Args:
+        path: of the file.
+        table: the logps.
+        key: of all that they depend on.
+        model: digest of the weights, where the key was made without them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
     tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
-    save_file(tensors, staging, metadata={"key": key})
+    save_file(tensors, staging, metadata={"key": key, "model": model})
     failpoint("before_publish")
     publish(staging, path)
 
@@ -111,3 +133,9 @@ def read_table(path: Path, key: str | None) -> LogpTable | None:
             return LogpTable(**{name: handle.get_tensor(name) for name in LogpTable.__dataclass_fields__})
     except SafetensorError as error:
         raise ResumeError(f"{path} is damaged ({error}); delete it to have it computed again") from error
+
+
+def table_model(path: Path) -> str:
+    """Digest of the weights that gave a file's logps, as `write_table` was told it."""
+    with safe_open(path, framework="pt") as handle:
+        return (handle.metadata() or {}).get("model", "")

@@ -29,6 +29,7 @@ from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
+from sdpo_lightning.external_inputs import load_external
 from sdpo_lightning.fork import Fork
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logprobs import pair_logps
@@ -141,6 +142,7 @@ class DPOLitModule(StageOptimization):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
+            load_external(self)
             self.policy = self._load(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
-from sdpo_lightning.logp_tables import ComputeLogps, cache_key, read_table, score_pairs, write_table
+from sdpo_lightning.logp_tables import ComputeLogps, cache_key, known_logps, read_table, score_pairs, write_table
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -247,9 +247,7 @@ class CachedReference(ReferencePolicy):
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """Look the pairs up."""
         assert self._table is not None, "the reference is asked before the stage began"
-        logps, known = self._table.lookup(batch.pair_id)
-        assert bool((known | (batch.weights == 0)).all()), "a pair without cached reference logps"
-        return logps
+        return known_logps(self._table, batch)
 
 
 def check_reference_digest(index: int, path: str, found: str, expected: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import RunFacts
 
@@ -24,7 +25,7 @@ def check_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         needs_own_lengths=needs_own_lengths(pl_module),
         rows_cut={report.name: cut for report in data.reports.values() if (cut := _cut(report))},
     )
-    pl_module.reference.check(facts)
+    from_first_rank(lambda: pl_module.reference.check(facts))
 
 
 def needs_own_lengths(pl_module: Any) -> bool:

@@ -83,12 +83,13 @@ def _inputs(
         rows_digest=lambda: data.store.digest(ids),
         policy_digest=digest,
         folder=folder,
-        numerics=_numerics(trainer, pl_module),
+        numerics=numerics(trainer, pl_module),
         known=known,
     )
 
 
-def _numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+def numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """What logps depend on beside weights and rows: precision, layout, and the function that gives them."""
     logps = type(pl_module).compute_logps
     names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
     return " ".join(names)
