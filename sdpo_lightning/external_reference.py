@@ -116,8 +116,8 @@ class ExternalReference(OutsideReference):
 class CachedExternalReference(OutsideReference):
     """Another model that scores all pairs of all stages once, before the policy is loaded, and is then let go.
 
-    So the two are never in memory together. The table lies in `references/external.safetensors` under a key of rows,
-    tokenizer and numerics; a resumed run reads it and doesn't load the model.
+    So the two are never in memory together. The table lies in `references/external-<key>.safetensors`, whose key is of
+    rows, tokenizer and numerics; a resumed run reads it and doesn't load the model.
 
     With a tokenizer of its own the same text is scored: messages rendered by its own chat template, and each answer
     ended by its own token once. Logps are summed over its tokens, so they answer for the same text as the policy's;
@@ -178,7 +178,8 @@ class CachedExternalReference(OutsideReference):
         pairs = inputs.pairs(self.tokenizer, self.max_length)
         name = self._named("").name
         key = cache_key(replace(pairs, numerics=f"{pairs.numerics} {name} {self.quantization}"))
-        path = pairs.folder / "external.safetensors"
+        # By its key: a run that is refused later doesn't write over another one's table.
+        path = pairs.folder / f"external-{key[:16]}.safetensors"
         self._table = from_first_rank(lambda: read_table(path, key))
         if self._table is None:
             batches = iter(pairs.batches)

@@ -325,4 +325,4 @@ class DPOLitModule(StageOptimization):
             compare_plans(self.resumed_plan, self.settings())
         self.record = record
         self.random_states = checkpoint["random_states"]
-        self.reference.load_state_dict(checkpoint["reference"])
+        self.reference.load_state_dict(checkpoint.get("reference", {}))

@@ -75,7 +75,8 @@ def foreign(tmp_path_factory):
 
 def table(run_dir):
     """`[P, 2]` logps by pair id."""
-    found = load_file(run_dir / "references" / "external.safetensors")
+    [path] = (run_dir / "references").glob("external-*")
+    found = load_file(path)
     return found["pair_id"], torch.stack([found["chosen"], found["rejected"]], 1)
 
 
@@ -112,7 +113,8 @@ def test_s_as_the_other_model_is_a_cached_reference_bit_for_bit(tmp_path, tiny_m
     fit(tmp_path / "cached", tiny_model_dir, sources[1:], reference=CachedReference(), **args)
     assert reproducible(tmp_path / "external") == reproducible(tmp_path / "cached")
     assert_same_weights(tmp_path / "external" / "stages" / "01-b", tmp_path / "cached" / "stages" / "01-b")
-    ours = load_file(tmp_path / "external" / "references" / "external.safetensors")
+    [path] = (tmp_path / "external" / "references").glob("external-*")
+    ours = load_file(path)
     theirs = load_file(tmp_path / "cached" / "references" / "01.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -163,6 +165,24 @@ def test_a_fork_goes_on_with_it(tmp_path, tiny_model_dir, other, sources, kind):
     fit(tmp_path / "fork", tiny_model_dir, sources, None, kind(str(other)), module_class=made)
     later = [row for row in reproducible(tmp_path / "whole") if row["stage/index"] != "1"]
     assert reproducible(tmp_path / "fork") == later
+
+
+def test_a_fork_may_leave_it(tmp_path, tiny_model_dir, other, sources):
+    """The ledger's first reference isn't S; the fork begins at M_1, as policy and as reference."""
+    fit(tmp_path / "parent", tiny_model_dir, sources, reference=ExternalReference(str(other)))
+    fit(tmp_path / "fork", tiny_model_dir, sources, module_class=forked(tmp_path / "parent", 2))
+    assert first_losses(tmp_path / "fork") == [pytest.approx(LN2, abs=1e-6)]
+    with pytest.raises(ResumeError, match="S has sha .* began with"):
+        fit(tmp_path / "no", other, sources, module_class=forked(tmp_path / "parent", 2))
+
+
+def test_a_refused_run_leaves_the_table_of_another(tmp_path, tiny_model_dir, other, sources):
+    fit(tmp_path, tiny_model_dir, sources, reference=CachedExternalReference(str(other)))
+    [path] = (tmp_path / "references").glob("external-*")
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="holds the models of an earlier run"):
+        fit(tmp_path, tiny_model_dir, sources, reference=CachedExternalReference(str(tiny_model_dir)))
+    assert path.read_bytes() == before
 
 
 def test_another_model_is_refused_on_resume(tmp_path, tiny_model_dir, other, sources):
@@ -265,7 +285,8 @@ def test_each_side_ends_once_in_its_own_way(tmp_path, tiny_tokenizer, foreign):
 def test_lengths_are_the_policys(tmp_path, tiny_model_dir, foreign, sources):
     reference = CachedExternalReference(str(foreign), str(foreign))
     _, module = fit(tmp_path, tiny_model_dir, sources, reference=reference, trainer_args={"max_steps": 1})
-    found, data = load_file(tmp_path / "references" / "external.safetensors"), module.trainer.datamodule
+    [path] = (tmp_path / "references").glob("external-*")
+    found, data = load_file(path), module.trainer.datamodule
     lengths = torch.from_numpy(data.store.lengths(found["pair_id"].tolist())[1:])
     assert torch.equal(torch.stack([found["chosen_lengths"], found["rejected_lengths"]]), lengths)
 

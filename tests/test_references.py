@@ -89,8 +89,7 @@ def check_every_checkpoint(tmp_path, model_dir, sources, make_reference, **args)
     args = {"order": "easy_to_hard", "val_fraction": 0.2} | args
     whole, table = tmp_path / "whole", "model.safetensors"
     every = StageCheckpoint(every_n_train_steps=1, save_top_k=-1)
-    ends = StageCheckpoint(every_n_epochs=1, save_top_k=-1, filename="end-{epoch}-{step}")
-    trainer, _ = fit(whole, model_dir, sources, None, make_reference(), [every, ends], **args)
+    trainer, _ = fit(whole, model_dir, sources, None, make_reference(), [every], **args)
     checkpoints = sorted((whole / "checkpoints").glob("*.ckpt"))
     assert len(checkpoints) >= trainer.global_step
     folders = sorted(path.name for path in (whole / "stages").glob("0*"))
@@ -518,3 +517,9 @@ def test_by_command_line(command, name, given, capsys):
     assert "going on from" in capsys.readouterr().out
     assert len(losses(run_dir)) == sum(STEPS.values())
     assert (abs(first_losses(run_dir)[1] - LN2) > 1e-4) == ("Fixed" in name)
+
+
+def test_the_start_at_s_by_command_line(command):
+    run_dir = command(policy_starts_at="sft")
+    found = first_losses(run_dir)
+    assert found[0] == pytest.approx(LN2, abs=1e-6) and abs(found[1] - LN2) > 1e-4
