@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sdpo_lightning.adapters import (
     REFERENCE,
+    TRAINED,
     LoraSettings,
     adapter_state,
     check_packages,
@@ -90,18 +93,42 @@ class AdapterReference(ReferencePolicy):
         return self._model.digest()
 
 
-def frozen_adapter(policy: CausalBackbone, folder: Path | None) -> FrozenAdapter:
-    """M_{t-1} of a resumed run.
+class FirstAdapter:
+    """The values that adapters begin with, on the CPU: M_0, whose exports would be the base's.
+
+    Args:
+        model: with adapters as they were made; each rank keeps its own part.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._values = {name: _own_part(t).detach().cpu().clone() for name, t in adapter_state(model, TRAINED).items()}
+
+    @torch.no_grad()
+    def write_(self, model: nn.Module, adapter: str) -> None:
+        """Give an adapter of the model these values, in place."""
+        for name, tensor in adapter_state(model, adapter).items():
+            _own_part(tensor).copy_(self._values[name])
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def frozen_adapter(policy: CausalBackbone, folder: Path | None, first: FirstAdapter) -> FrozenAdapter:
+    """M_t of a run that goes on, in the frozen adapter.
 
     Args:
         policy: with adapters.
-        folder: of M_{t-1}'s adapter; None for M_0, which the frozen adapter is until a stage ends.
+        folder: of M_t's adapter; None for M_0.
+        first: M_0.
 
     Raises:
         ResumeError: the folder is damaged.
     """
     if folder is not None:
         read_reference_adapter_(policy.model, folder)
+    else:
+        first.write_(policy.model, REFERENCE)
     return FrozenAdapter(policy)
 
 
@@ -133,7 +160,8 @@ def check_adapters(
     if lora is not None and isinstance(reference, ResidentReference):
         raise ConfigurationError(
             f"`model.reference` is {name}, a second copy of frozen{' and quantised' if quantization else ''} weights "
-            "that the adapters share anyway; with `model.lora` leave it out (AdapterReference) or use CachedReference"
+            "that the adapters share anyway; with `model.lora` leave it out (AdapterReference) or use CachedReference, "
+            "for M_0 throughout FixedAdapterReference or CachedFixedReference"
         )
     if quantization == "int8" and isinstance(reference, CachedReference):
         raise ConfigurationError(

@@ -246,9 +246,7 @@ def attach_adapters(backbone: CausalBackbone, settings: LoraSettings, base: str)
     Raises:
         ConfigurationError: the settings don't fit the model.
     """
-    # With the scales of quantised weights, which are no parameters.
-    state = {name: value for name, value in backbone.model.state_dict().items() if isinstance(value, Tensor)}
-    backbone.base_digest = _tensors_digest(state)
+    backbone.base_digest = state_digest(backbone)
     add_adapters(backbone.model, settings, base)
     return backbone
 
@@ -327,6 +325,12 @@ def weights_digest(backbone: CausalBackbone) -> str:
     if backbone.base_digest is None:
         return _tensors_digest(dict(backbone.model.named_parameters()))
     return adapter_digest(backbone, TRAINED)
+
+
+def state_digest(backbone: CausalBackbone) -> str:
+    """Digest of all that a model's state holds: with the scales of quantised weights, which are no parameters."""
+    state = {name: value for name, value in backbone.model.state_dict().items() if isinstance(value, Tensor)}
+    return _tensors_digest(state)
 
 
 def adapter_digest(backbone: CausalBackbone, adapter: str) -> str:

@@ -10,6 +10,7 @@ those are skipped on some resumes.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -36,8 +37,10 @@ from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import write_json
 from sdpo_lightning.fork import adopt
 from sdpo_lightning.loop_progress import go_by_epochs_
+from sdpo_lightning.policy_start import start_policy_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.reference_start import check_reference
 from sdpo_lightning.run_lock import RunLock
 from sdpo_lightning.run_state import close_stage, is_complete, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
@@ -55,6 +58,8 @@ class StageTransition(pl.Callback):
 
     # The first batch of a stage, until its logps are compared.
     _unchecked: PreferenceBatch | None = None
+    # Optimizer steps that the reference has been told of.
+    _steps_told = 0
 
     def __init__(self) -> None:
         self._lock = RunLock()
@@ -77,6 +82,7 @@ class StageTransition(pl.Callback):
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
+        check_reference(trainer, pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         # Inference tensors, of a reference or of gathered shards, can't be trained or copied into later.
@@ -133,14 +139,13 @@ class StageTransition(pl.Callback):
         self._set_epochs(trainer, data.total_epochs())
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
-        record = pl_module.record
+        record, self._steps_told = pl_module.record, trainer.global_step
         if trainer.ckpt_path is not None and leaves_files(trainer):
             take_up(trainer, pl_module, stages)
         if record.entered:
             read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
-            # A fork stands at a stage's end: only a reference that is held back is needed.
-            if trainer.ckpt_path is not None or not self.should_advance(trainer, stages[record.entered]):
+            if trainer.ckpt_path is not None or self._is_behind(trainer, pl_module, stages[record.entered]):
                 inputs = stage_inputs(trainer, pl_module, pl_module.stage)
                 pl_module.reference.restore(
                     lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
@@ -148,6 +153,16 @@ class StageTransition(pl.Callback):
         if pl_module.random_states is not None:
             restore_random_states(pl_module.random_states)
             pl_module.random_states = None
+
+    def _is_behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, following: Stage) -> bool:
+        """In a fork, at a stage's end: whether the reference of the next stage is another model than the policy."""
+        if not self.should_advance(trainer, following):
+            return True
+        index = pl_module.reference.model_index(following)
+        if index == following.index - 1:
+            return False
+        pl_module.record.reference = index
+        return True
 
     # ---- the boundary
 
@@ -170,9 +185,10 @@ class StageTransition(pl.Callback):
         inputs = stage_inputs(trainer, pl_module, stage)
         if advances:
             pl_module.reference.advance(pl_module.policy, stage, inputs)
-            record.reference = stage.index - 1
+            record.reference = pl_module.reference.model_index(stage)
         else:
             pl_module.reference.stay(stage, inputs)
+        start = start_policy_(pl_module, stage)
         failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
@@ -186,11 +202,12 @@ class StageTransition(pl.Callback):
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
-        self._check_weights(trainer, pl_module, stage, advances)
+        self._check_weights(trainer, pl_module, stage, start)
         pl_module.last_logps = None
         failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
-        self._unchecked = batch if advances and pl_module.reference.starts_at_policy else None
+        same = record.reference == start and pl_module.reference.starts_at_policy
+        self._unchecked = batch if advances and same else None
         log.info("stage %d %r: %d pairs, %d steps", stage.index, stage.name, len(stage.pair_ids), stage.num_steps)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -213,17 +230,29 @@ class StageTransition(pl.Callback):
             problem = compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
         stop_if(trainer, pl_module.stage, problem)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
+    ) -> None:
+        """Tell the reference of the micro-batch, and of the optimizer step if there was one, before it is saved."""
+        if pl_module.last_logps is not None:
+            pl_module.reference.observe(batch, *pl_module.last_logps)
+        if trainer.global_step != self._steps_told:
+            self._steps_told = trainer.global_step
+            pl_module.reference.after_step(pl_module.policy)
+
     @staticmethod
-    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, advances: bool) -> None:
-        """Stop a run whose policy or reference isn't M_{t-1} by digest."""
-        problem = ""
-        expected = pl_module.record.digests[stage.index - 1]
+    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, start: int) -> None:
+        """Stop a run whose policy isn't M_start by digest, or whose reference isn't what is recorded of it."""
+        problem, record = "", pl_module.record
+        expected, index = record.digests[start], record.reference
+        found = pl_module.reference.digest()
+        said = pl_module.reference.starts_at_policy or index != stage.index - 1
         if weights_digest(pl_module.policy) != expected:
-            problem = f"the policy is not M_{stage.index - 1}, whose sha is {expected[:12]}"
-        elif advances and pl_module.reference.starts_at_policy:
-            found = pl_module.reference.digest()
-            if found is not None and found != expected:
-                problem = f"the reference has sha {found[:12]}, M_{stage.index - 1} has {expected[:12]}"
+            problem = f"the policy is not M_{start}, whose sha is {expected[:12]}"
+        # One of the user's own that isn't at the policy, and doesn't say what it is, is taken at its word.
+        elif said and found is not None and found != record.digests[index]:
+            name = f"M_{index}" if index >= 0 else "the external model"
+            problem = f"the reference has sha {found[:12]}, {name} has {record.digests[index][:12]}"
         stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs

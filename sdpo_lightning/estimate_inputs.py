@@ -134,9 +134,11 @@ def _quantization(value: Any) -> Any:
 
 
 def _reference(value: Any, lora: Lora | None) -> ReferenceKind:
-    if "Cached" in _class_of(value)[0]:
+    name = _class_of(value)[0]
+    if "Cached" in name:
         return "cached"
-    return "resident" if lora is None else "adapter"
+    # An external one is a model of its own, also beside adapters.
+    return "resident" if lora is None or "External" in name else "adapter"
 
 
 def _optimizer(value: Any, cuda: bool) -> Optimizer:

@@ -18,7 +18,7 @@ from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.ranks import from_first_rank, is_first, together
 from sdpo_lightning.retention import remove_models
-from sdpo_lightning.types import ConfigurationError, Stage
+from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         base_is_hub=is_hub,
         base_digest=record.digests[0],
         digest=record.digests[stage.index],
-        reference="S" if record.reference == 0 else f"M_{record.reference}",
+        reference=_reference_name(record),
         reference_digest=record.digests[record.reference],
         is_adapter=pl_module.lora is not None,
         sources=[_card_source(data.sources[index]) for index in indices],
@@ -141,6 +141,12 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
         notes=tuple(data.accepted),
     )
+
+
+def _reference_name(record: StageRecord) -> str:
+    if record.reference < 0:
+        return Path(record.folders[record.reference]).name
+    return f"M_{record.reference}" if record.reference else "S"
 
 
 def _card_source(source: PreferenceSource) -> CardSource:

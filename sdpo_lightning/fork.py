@@ -149,7 +149,7 @@ def _adopted_ledger(
     own = Ledger({}, [], [], parent=Parent(str(root), fork.from_stage, None))
     if parent is None:
         return _stand_in(trainer, pl_module, own, finished), None
-    began, s_digest = parent.stages[0].reference.sha256, pl_module.record.digests[0]
+    began, s_digest = parent.s_sha256 or parent.stages[0].reference.sha256, pl_module.record.digests[0]
     if began != s_digest:
         raise ResumeError(f"`model.model_name_or_path`: S has sha {s_digest[:12]}, {root} began with {began[:12]}")
     for entry, stage in zip(parent.stages, finished, strict=False):
@@ -167,7 +167,10 @@ def _adopted_ledger(
 
 
 def _absolute(weights: Weights, root: Path) -> Weights:
-    return weights if weights.folder is None else replace(weights, folder=str(root / weights.folder))
+    # An external reference may have a hub name.
+    if weights.folder is None or not (root / weights.folder).exists():
+        return weights
+    return replace(weights, folder=str(root / weights.folder))
 
 
 def _stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, own: Ledger, finished: list[Stage]) -> Ledger:

@@ -90,6 +90,7 @@ class Ledger:
         stages: the stages that have begun, in order.
         parent: of a fork; its models lie there.
         accepted: changes of rows that the user let pass, in words.
+        s_sha256: of S, which the first stage's reference need not be; None in ledgers of before.
     """
 
     plan: dict[str, Any]
@@ -98,6 +99,7 @@ class Ledger:
     stages: list[LedgerStage] = field(default_factory=list)
     parent: Parent | None = None
     accepted: list[str] = field(default_factory=list)
+    s_sha256: str | None = None
 
     @classmethod
     def read(cls, run_dir: Path) -> Ledger | None:

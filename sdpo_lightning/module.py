@@ -10,10 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sdpo_lightning.adapter_reference import AdapterReference, check_adapters, frozen_adapter, model_digest
+from sdpo_lightning.adapter_reference import AdapterReference, FirstAdapter, check_adapters, frozen_adapter
 from sdpo_lightning.adapters import LoraSettings, check_checkpoint, into_checkpoint_
 from sdpo_lightning.backbone import (
     CausalBackbone,
@@ -32,15 +31,18 @@ from sdpo_lightning.data.curriculum import compare_plans
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
+from sdpo_lightning.external_inputs import load_external
 from sdpo_lightning.fork import Fork
 from sdpo_lightning.held_out import HeldOutPairs
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
 from sdpo_lightning.objectives import PreferenceLoss, SigmoidLoss
+from sdpo_lightning.policy_start import PolicyStart, check_start_name
 from sdpo_lightning.random_states import collect_random_states
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import ReferencePolicy, ResidentReference, check_reference_digest
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference
+from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
@@ -81,6 +83,7 @@ class DPOLitModule(HeldOutPairs):
         loss: `objectives.py`, `batch_objectives.py`; None is DPO's sigmoid loss with `label_smoothing`.
         logps: `completion_logps.py`; None is the sum over the tokens.
         router_aux_loss: weight of a mixture's load-balancing loss; None is the model's own, 0 leaves it out.
+        policy_starts_at: what each later stage trains on from: `previous`, M_{t-1}, or `sft`, S again (section 4.5).
 
     Raises:
         ConfigurationError: a number outside its range, or settings that don't go together.
@@ -107,6 +110,7 @@ class DPOLitModule(HeldOutPairs):
         loss: PreferenceLoss | None = None,
         logps: CompletionLogps | None = None,
         router_aux_loss: float | None = None,
+        policy_starts_at: PolicyStart = "previous",
     ) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
         if beta <= 0:
@@ -121,6 +125,8 @@ class DPOLitModule(HeldOutPairs):
         default = ResidentReference if lora is None else AdapterReference
         self.reference = reference if reference is not None else default()
         check_adapters(lora, quantization, self.reference)
+        check_start_name(policy_starts_at)
+        self.policy_starts_at: PolicyStart = policy_starts_at
         self.lora = lora
         self.allow_bin_weights = allow_bin_weights
         self.quantization: QuantizationName | None = quantization
@@ -136,6 +142,7 @@ class DPOLitModule(HeldOutPairs):
         # The checkpoint that the command line found on this rank's disk.
         self.goes_on_from: str | None = None
         self.record = StageRecord()
+        self.first_adapter: FirstAdapter | None = None
         self.random_states: list[dict[str, Any]] | None = None
         self.resumed_plan: dict[str, Any] = {}
 
@@ -144,9 +151,11 @@ class DPOLitModule(HeldOutPairs):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
+            load_external(self)
             self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
             self.record.digests.setdefault(0, weights_digest(self.policy))
+            self.first_adapter = None if self.lora is None else FirstAdapter(self.policy.model)
             self.reference.prepare(self.score)
 
     def load_weights(self, model_name_or_path: str) -> CausalBackbone:
@@ -191,41 +200,23 @@ class DPOLitModule(HeldOutPairs):
         return torch.bfloat16
 
     def load_reference_weights(self, run_dir: Path) -> nn.Module:
-        """Read the weights that the reference has (M_{t-1} in stage t, unless it was held back), and verify them.
-
-        Returns:
-            A model of its own; with adapters, the policy with its frozen adapter.
-
-        Raises:
-            ResumeError: the folder's digest isn't the recorded one.
-        """
-        index = self.record.reference
-        folder = self.record.folders.get(index)
-        path = self.model_name_or_path if folder is None else str(run_dir / folder)
-        if folder is not None and not from_first_rank((run_dir / folder).is_dir):
-            raise ResumeError(f"reference M_{index} sha mismatch: {path} is gone; restore it or start a new run")
-        try:
-            weights = self.read_model(None if folder is None else run_dir / folder)
-        except (ConfigurationError, OSError, SafetensorError) as error:
-            if folder is None:
-                raise
-            raise ResumeError(f"reference M_{index} sha mismatch: {path} is damaged ({error})") from error
-        check_reference_digest(index, path, model_digest(weights), self.record.digests[index])
-        return weights
+        """Read the M_t that the reference is restored from, and verify it; see `recorded_weights`."""
+        return recorded_weights(self, run_dir)
 
     def read_model(self, folder: Path | None) -> nn.Module:
         """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
         if self.lora is not None:
-            return frozen_adapter(self.policy, folder)
+            return frozen_adapter(self.policy, folder, self.first_adapter)
         return self.load_model(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
-        return super().settings() | {
+        return super().settings() | self.reference.settings() | {
             "model.loss": None if self.loss is None else self.loss.settings(),
             "model.logps": self.logps.settings(),
             "model.router_aux_loss": self.router_aux_loss,
             "model.disable_dropout": self.disable_dropout,
+            "model.policy_starts_at": self.policy_starts_at,
             "trainer.precision": str(self.trainer.precision),
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "trainer.gradient_clip_algorithm": str(self.trainer.gradient_clip_algorithm),
@@ -282,6 +273,7 @@ class DPOLitModule(HeldOutPairs):
         checkpoint["loss_state"] = {} if self.loss is None else self.loss.state_dict()
         checkpoint["random_states"] = collect_random_states()
         checkpoint["run_plan"] = run_plan(self.trainer, self)
+        checkpoint["reference"] = self.reference.state_dict()
         into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -294,11 +286,7 @@ class DPOLitModule(HeldOutPairs):
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
         check_checkpoint(checkpoint, self.policy, self.lora, self.quantization)
         record = StageRecord(**checkpoint["stage_record"])
-        if self.record.digests and self.record.digests[0] != record.digests[0]:
-            raise ResumeError(
-                f"`model.model_name_or_path`: S has sha {self.record.digests[0][:12]}, the checkpoint's run began "
-                f"with {record.digests[0][:12]}"
-            )
+        check_beginning(self.record, record)
         self.resumed_plan = checkpoint["run_plan"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             compare_plans(self.resumed_plan, self.settings())
@@ -309,3 +297,4 @@ class DPOLitModule(HeldOutPairs):
         if self.loss is not None:
             self.loss.load_state_dict(checkpoint["loss_state"])
         self.random_states = checkpoint["random_states"]
+        self.reference.load_state_dict(checkpoint.get("reference", {}))

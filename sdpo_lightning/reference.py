@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
-from sdpo_lightning.casts import CASTS
-from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.files import publish
+from sdpo_lightning.logp_tables import ComputeLogps, cache_key, known_logps, read_table, score_pairs, write_table
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import (
     ConfigurationError,
+    ExternalInputs,
+    ExternalModel,
     LogpTable,
     PairLogps,
     PreferenceBatch,
     ReferenceInputs,
     ResumeError,
+    RunFacts,
     Stage,
 )
 
-ComputeLogps = Callable[[CausalBackbone, PreferenceBatch], PairLogps]
-_SCHEMA = "2"
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +34,7 @@ class ReferencePolicy(ABC):
 
     Attributes:
         starts_at_policy: True if at the first step of a stage the reference is the policy (stepwise DPO).
-            Then the self-check compares their logps; a fixed or external reference says False.
+            Then the self-check compares their logps wherever it is the M_t that the policy starts from.
         tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
         tolerance_bf16: the same under bf16 autocast.
     """
@@ -58,9 +51,45 @@ class ReferencePolicy(ABC):
         """
         self._compute_logps = compute_logps
 
+    # ---- what it is
+
+    def model_index(self, stage: Stage) -> int:
+        """Index t of the M_t that it is when a stage begins; -1: a model that is no M_t. Default: M_{t-1}."""
+        return stage.index - 1
+
+    def covered(self, stage: Stage, stages: Sequence[Stage]) -> Sequence[Stage]:
+        """The stages whose pairs it is given when `stage` begins. Default: that one.
+
+        Args:
+            stage: about to begin, or under way.
+            stages: the whole plan.
+        """
+        return [stage]
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that a resumed run must agree on; other kinds of the same model agree."""
+        return {"model.reference": "M_{t-1}"}
+
+    def check(self, run: RunFacts) -> None:  # noqa: B027
+        """Look at the run before any weights are loaded. Default: nothing.
+
+        Raises:
+            ConfigurationError: it can't do that.
+        """
+
+    # ---- the stages
+
+    def before_policy(self, inputs: ExternalInputs) -> ExternalModel | None:
+        """Called before the policy is loaded, on every start: the moment for another model. Default: nothing.
+
+        Returns:
+            What the run records of a model that is no M_t.
+        """
+        return None
+
     @abstractmethod
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
-        """Become M_{t-1}, which the policy is at this moment.
+        """Become the model of `model_index`, as a rule M_{t-1}, which the policy is at this moment.
 
         Args:
             policy: M_{t-1}.
@@ -83,6 +112,31 @@ class ReferencePolicy(ABC):
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """Summed logps `[B]` of a batch, without gradients."""
 
+    def observe(self, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps) -> None:  # noqa: B027
+        """Told of each micro-batch that was trained on. Default: nothing.
+
+        Args:
+            batch: of B pairs.
+            policy: its logps `[B]` in that step's forward pass.
+            reference: logps `[B]`.
+        """
+
+    def after_step(self, policy: CausalBackbone) -> None:  # noqa: B027
+        """Told of each optimizer step, before any checkpoint of it. Default: nothing.
+
+        Args:
+            policy: as the step left it.
+        """
+
+    # ---- going on
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, tensors only. Default: nothing; an M_t lies in its folder."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take over what a checkpoint held; called before `restore`."""
+
     @abstractmethod
     def restore(
         self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
@@ -90,7 +144,7 @@ class ReferencePolicy(ABC):
         """Become the reference of a stage that a resumed run is in the middle of.
 
         Args:
-            load_weights: reads M_{t-1} from its folder and verifies its digest.
+            load_weights: reads the M_t that the record names from its folder, and verifies its digest.
             stage: the stage to go on with.
             inputs: as for `advance`.
 
@@ -157,8 +211,20 @@ class CachedReference(ReferencePolicy):
 
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Score the chunk and the held-out pairs, and publish them under their key."""
-        table = score_pairs(policy, inputs.batches, self._compute_logps, inputs.known)
-        from_first_rank(lambda: write_table(_table_path(inputs.folder, stage), table, cache_key(inputs)))
+        self._score(policy, stage, inputs)
+
+    def table_path(self, folder: Path, stage: Stage) -> Path:
+        """Where the logps of a stage are kept.
+
+        Args:
+            folder: of all tables.
+            stage: whose pairs are asked for.
+        """
+        return folder / f"{stage.index:02d}.safetensors"
+
+    def _score(self, model: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        table, path = score_pairs(model, inputs.batches, self._compute_logps, inputs.known), self.table_path
+        from_first_rank(lambda: write_table(path(inputs.folder, stage), table, cache_key(inputs)))
         self._table = table
 
     def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
@@ -172,71 +238,16 @@ class CachedReference(ReferencePolicy):
         self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
     ) -> None:
         """Read the stage's file if its key fits; else compute it again from M_{t-1}."""
-        self._table = from_first_rank(lambda: read_table(_table_path(inputs.folder, stage), cache_key(inputs)))
+        path = self.table_path(inputs.folder, stage)
+        self._table = from_first_rank(lambda: read_table(path, cache_key(inputs)))
         if self._table is None:
-            path = _table_path(inputs.folder, stage)
             log.warning("%s is missing or of other weights or rows: its logps are computed again", path)
-            self.advance(load_weights(), stage, inputs)
+            self._score(load_weights(), stage, inputs)
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """Look the pairs up."""
         assert self._table is not None, "the reference is asked before the stage began"
-        logps, known = self._table.lookup(batch.pair_id)
-        assert bool((known | (batch.weights == 0)).all()), "a pair without cached reference logps"
-        return logps
-
-
-def score_pairs(
-    model: CausalBackbone,
-    batches: Iterable[PreferenceBatch],
-    compute_logps: ComputeLogps,
-    known: LogpTable | None = None,
-) -> LogpTable:
-    """Logps of all pairs, in eval mode and without gradients; the ranks' shares are gathered.
-
-    Args:
-        model: what scores.
-        batches: this rank's share.
-        compute_logps: `model, batch -> PairLogps`.
-        known: pairs that need no forward.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    rows: list[tuple[Tensor, ...]] = []
-    try:
-        with torch.no_grad(), CASTS.held():
-            for batch in batches:
-                STOP.leave_if_asked()
-                batch = batch.to(device)
-                logps, have = known.lookup(batch.pair_id) if known else (None, None)
-                if have is None or _on_any_rank(not bool(have.all()), model, device):
-                    logps = compute_logps(model, batch)
-                columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
-                real = batch.weights > 0
-                rows.append(tuple(column[real].cpu() for column in columns))
-                failpoint("mid_precompute")
-    finally:
-        model.train(was_training)
-    ids, *columns = _gather(rows)
-    return LogpTable.build(ids, PairLogps(*columns))
-
-
-def _on_any_rank(wanted: bool, model: torch.nn.Module, device: torch.device) -> bool:
-    """A forward of a sharded model is a collective: all ranks run it, or none does."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return wanted
-    flag = torch.tensor(wanted, dtype=torch.int32, device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    if dist.is_initialized():
-        shares: list[list[tuple[Tensor, ...]]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
-    return [torch.cat(column) for column in zip(*rows, strict=True)]
+        return known_logps(self._table, batch)
 
 
 def check_reference_digest(index: int, path: str, found: str, expected: str) -> None:
@@ -256,44 +267,3 @@ def check_reference_digest(index: int, path: str, found: str, expected: str) -> 
             f"reference M_{index} sha mismatch: {path} has {found[:12]}, the run recorded {expected[:12]}; "
             "restore that folder or start a new run"
         )
-
-
-def cache_key(inputs: ReferenceInputs) -> str:
-    """sha256 over all that cached logps depend on: weights, tokenised rows in order, numerics, schema."""
-    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}:{inputs.numerics}"
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_table(path: Path, table: LogpTable, key: str) -> None:
-    """Write logps as safetensors that appear whole or not at all, their key in the header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
-    save_file(tensors, staging, metadata={"key": key})
-    failpoint("before_publish")
-    publish(staging, path)
-
-
-def read_table(path: Path, key: str | None) -> LogpTable | None:
-    """Read logps; None if there is no file or it was written under another key.
-
-    Args:
-        path: a file by `write_table`.
-        key: the key it must bear; None takes any.
-
-    Raises:
-        ResumeError: the file is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as handle:
-            if key is not None and (handle.metadata() or {}).get("key") != key:
-                return None
-            return LogpTable(**{name: handle.get_tensor(name) for name in LogpTable.__dataclass_fields__})
-    except SafetensorError as error:
-        raise ResumeError(f"{path} is damaged ({error}); delete it to have it computed again") from error
-
-
-def _table_path(folder: Path, stage: Stage) -> Path:
-    return folder / f"{stage.index:02d}.safetensors"

@@ -66,6 +66,7 @@ def open_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage)
         if ledger is None:
             ledger = Ledger({}, [], [])
         ledger.take_plan(plan)
+        ledger.s_sha256 = pl_module.record.digests[0]
         ledger.checkpoints = _checkpoint_folders(trainer)
         del ledger.stages[stage.index - 1 :]
         ledger.stages.append(_entry(trainer, pl_module.record, stage, pl_module.record.reference))
@@ -112,9 +113,10 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
         before = ledger = Ledger.read(folder)
         if ledger is None:
             log.warning("%s has no %s: it is made again from the checkpoint", folder, LEDGER)
-            ledger = Ledger({}, [], _checkpoint_folders(trainer))
+            ledger = Ledger({}, [], _checkpoint_folders(trainer), s_sha256=record.digests[0])
             for stage in stages[: record.entered]:
-                held = record.reference if stage.index == record.entered else stage.index - 1
+                under_way = stage.index == record.entered
+                held = record.reference if under_way else pl_module.reference.model_index(stage)
                 ledger.stages.append(_entry(trainer, record, stage, held))
         else:
             before = deepcopy(ledger)

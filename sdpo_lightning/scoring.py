@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 
 from sdpo_lightning.exactness import COLLATORS, exact_layout
 from sdpo_lightning.export import run_dir
+from sdpo_lightning.logp_tables import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.types import LogpTable, ReferenceInputs, Stage
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,12 @@ def read_m0(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def stage_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> ReferenceInputs:
     """What the reference of a stage may need: the chunk's pairs and all held-out ones."""
-    record = pl_module.record
-    # Before the stage is entered it is about to be M_{t-1}; a resumed one may have been held back.
-    index = record.reference if record.entered == stage.index else stage.index - 1
-    known = pl_module.m0_logps if stage.index == 1 else None
-    ids = trainer.datamodule.reference_ids(stage)
+    record, reference, data = pl_module.record, pl_module.reference, trainer.datamodule
+    # Before the stage is entered it is about to be that model; a resumed one may have been held back.
+    index = record.reference if record.entered == stage.index else reference.model_index(stage)
+    known = pl_module.m0_logps if index == 0 else None
+    parts = [data.reference_ids(part) for part in reference.covered(stage, data.stages())]
+    ids = parts[0] if len(parts) == 1 else list(dict.fromkeys(i for part in parts for i in part))
     return _inputs(trainer, pl_module, ids, record.digests[index], run_dir(trainer) / "references", known)
 
 
@@ -88,7 +89,7 @@ def _inputs(
 
 
 def numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """Precision, layout and function that logps come from: other ones give other last digits, or more."""
+    """What logps depend on beside weights and rows: precision, layout, and the function that gives them."""
     logps = type(pl_module).compute_logps
     names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
     return " ".join([*names, str(pl_module.logps.settings())])

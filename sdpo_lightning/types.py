@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -282,15 +282,61 @@ class ReferenceInputs:
     known: LogpTable | None = None
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a reference may look at before any weights are loaded.
+
+    Attributes:
+        sharded: whether models are cut over the ranks.
+        tokenizer: of the data.
+        needs_own_lengths: whether loss or logps use lengths of completions or single tokens.
+        rows_cut: source -> pairs that `data.max_length` has cut.
+    """
+
+    sharded: bool
+    tokenizer: Any
+    needs_own_lengths: bool
+    rows_cut: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ExternalInputs:
+    """What a reference that is no M_t may need before the policy is loaded.
+
+    Attributes:
+        load: name or folder of a model and its quantisation -> the model, on its device and perhaps sharded.
+        score: `model, batch -> PairLogps` without gradients, in the run's precision.
+        pairs: name of a tokenizer and its length limit -> all pairs that are trained on or held out, in padded rows
+            of its ids and once each. None, None: as the policy sees them.
+    """
+
+    load: Callable[[str, QuantizationName | None], torch.nn.Module]
+    score: Callable[[torch.nn.Module, PreferenceBatch], PairLogps]
+    pairs: Callable[[str | None, int | None], ReferenceInputs]
+
+
+@dataclass(frozen=True)
+class ExternalModel:
+    """A model that is no M_t.
+
+    Attributes:
+        name: absolute path of its folder, or its hub name.
+        digest: sha256 of its weights.
+    """
+
+    name: str
+    digest: str
+
+
 @dataclass
 class StageRecord:
     """Which stage was entered, and the weights that each one began with. Saved in checkpoints.
 
     Attributes:
         entered: index of the stage whose first step was prepared last; 0 before the first.
-        reference: index t of the M_t that the reference is.
+        reference: index t of the M_t that the reference was when the stage began; -1: an external model.
         digests: t -> sha256 of M_t's weights.
-        folders: t -> folder of M_t, relative to the run directory; M_0 has none.
+        folders: t -> folder of M_t, relative to the run directory; M_0 has none. -1 -> folder or hub name.
     """
 
     entered: int = 0

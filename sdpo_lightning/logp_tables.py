@@ -1,0 +1,141 @@
+"""Rank 2: logps of many pairs: scored in one pass, kept in a file under the key of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sdpo_lightning.casts import CASTS
+from sdpo_lightning.failpoints import failpoint
+from sdpo_lightning.files import publish
+from sdpo_lightning.stopping import STOP
+from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ReferenceInputs, ResumeError
+
+ComputeLogps = Callable[[nn.Module, PreferenceBatch], PairLogps]
+_SCHEMA = "2"
+
+
+def score_pairs(
+    model: nn.Module,
+    batches: Iterable[PreferenceBatch],
+    compute_logps: ComputeLogps,
+    known: LogpTable | None = None,
+) -> LogpTable:
+    """Logps of all pairs, in eval mode and without gradients; the ranks' shares are gathered.
+
+    Args:
+        model: what scores.
+        batches: this rank's share.
+        compute_logps: `model, batch -> PairLogps`.
+        known: pairs that need no forward.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows: list[tuple[Tensor, ...]] = []
+    try:
+        with torch.no_grad(), CASTS.held():
+            for batch in batches:
+                STOP.leave_if_asked()
+                batch = batch.to(device)
+                logps, have = known.lookup(batch.pair_id) if known else (None, None)
+                if have is None or _on_any_rank(not bool(have.all()), model, device):
+                    logps = compute_logps(model, batch)
+                columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
+                real = batch.weights > 0
+                rows.append(tuple(column[real].cpu() for column in columns))
+                failpoint("mid_precompute")
+    finally:
+        model.train(was_training)
+    ids, *columns = _gather(rows)
+    return LogpTable.build(ids, PairLogps(*columns))
+
+
+def _on_any_rank(wanted: bool, model: nn.Module, device: torch.device) -> bool:
+    """A forward of a sharded model is a collective: all ranks run it, or none does."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return wanted
+    flag = torch.tensor(wanted, dtype=torch.int32, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _gather(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    if dist.is_initialized():
+        shares: list[list[tuple[Tensor, ...]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, rows)
+        rows = [row for share in shares for row in share]
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def cache_key(inputs: ReferenceInputs) -> str:
+    """sha256 over all that cached logps depend on: weights, tokenised rows in order, numerics, schema."""
+    text = f"{_SCHEMA}:{inputs.policy_digest}:{inputs.rows_digest()}:{inputs.numerics}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def known_logps(table: LogpTable, batch: PreferenceBatch) -> PairLogps:
+    """Look up a batch, whose real pairs must all be there.
+
+    Args:
+        table: of logps.
+        batch: of B pairs.
+
+    Returns:
+        `PairLogps` of `[B]`.
+    """
+    logps, known = table.lookup(batch.pair_id)
+    assert bool((known | (batch.weights == 0)).all()), "a pair without cached reference logps"
+    return logps
+
+
+def write_table(path: Path, table: LogpTable, key: str, model: str = "") -> None:
+    """Write logps as safetensors that appear whole or not at all, their key in the header.
+
+    Args:
+        path: of the file.
+        table: the logps.
+        key: of all that they depend on.
+        model: digest of the weights, where the key was made without them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    tensors = {name: getattr(table, name).contiguous() for name in table.__dataclass_fields__}
+    save_file(tensors, staging, metadata={"key": key, "model": model})
+    failpoint("before_publish")
+    publish(staging, path)
+
+
+def read_table(path: Path, key: str | None) -> LogpTable | None:
+    """Read logps; None if there is no file or it was written under another key.
+
+    Args:
+        path: a file by `write_table`.
+        key: the key it must bear; None takes any.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            if key is not None and (handle.metadata() or {}).get("key") != key:
+                return None
+            return LogpTable(**{name: handle.get_tensor(name) for name in LogpTable.__dataclass_fields__})
+    except SafetensorError as error:
+        raise ResumeError(f"{path} is damaged ({error}); delete it to have it computed again") from error
+
+
+def table_model(path: Path) -> str:
+    """Digest of the weights that gave a file's logps, as `write_table` was told it."""
+    with safe_open(path, framework="pt") as handle:
+        return (handle.metadata() or {}).get("model", "")

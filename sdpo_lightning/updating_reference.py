@@ -1,0 +1,239 @@
+"""Rank 4: references that follow the policy within a stage, after its optimizer steps.
+
+At the start of a stage they are M_{t-1}, as every reference of stepwise DPO. What they become afterwards is no M_t, so
+a checkpoint holds it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdpo_lightning.backbone import CausalBackbone, copy_weights_
+from sdpo_lightning.ranks import from_every_rank
+from sdpo_lightning.reference import ResidentReference
+from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ReferenceInputs, RunFacts, Stage
+
+_STEPS = "steps"
+_WEIGHTS = "weights."
+
+
+class FollowingReference(ResidentReference):
+    """A resident reference that may change after each optimizer step; a subclass says when and how.
+
+    Its weights are in every checkpoint, from the first change of a stage to the stage's end.
+
+    Args:
+        offload: keep its weights in the memory of the CPU between forward passes.
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        super().__init__(offload)
+        # Optimizer steps of this stage.
+        self._steps = 0
+        self._moved = False
+        self._saved: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def follow(self, policy: CausalBackbone, step: int) -> bool:
+        """Change `self._model`, or leave it.
+
+        Args:
+            policy: as the step left it.
+            step: optimizer steps of the stage so far, from 1.
+
+        Returns:
+            Whether it changed.
+        """
+
+    def check(self, run: RunFacts) -> None:
+        """Refuse shards: the reference's would have to be in the checkpoint, and aren't.
+
+        Raises:
+            ConfigurationError: with what to use.
+        """
+        if run.sharded:
+            raise ConfigurationError(
+                f"`model.reference` is {type(self).__name__} with a sharded model, whose checkpoints don't hold the "
+                "reference's shards; use `trainer.strategy: ddp`, one device, or a reference that is an M_t"
+            )
+
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Become M_{t-1}, and count from here."""
+        super().advance(policy, stage, inputs)
+        self._steps, self._moved = 0, False
+
+    def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Refuse: what it is has no name by which a fork or a ledger could find it again."""
+        raise ConfigurationError(
+            f"a {type(self).__name__} can't stay behind at stage {stage.index}: it is none of the run's models; use "
+            "`model.reference: FixedReference`, or a `should_advance` that is true"
+        )
+
+    def after_step(self, policy: CausalBackbone) -> None:
+        """Follow."""
+        self._steps += 1
+        if self.follow(policy, self._steps):
+            self._moved = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Steps of the stage, and the weights once they are no M_t."""
+        if self._model is None:
+            # Lightning may save before the first stage begins.
+            return dict(self._saved)
+        state = {_STEPS: torch.tensor(self._steps)}
+        if self._moved:
+            state |= {_WEIGHTS + name: p.detach() for name, p in self._model.named_parameters()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Keep what a checkpoint held until `restore`."""
+        self._saved = dict(state)
+
+    @torch.no_grad()
+    def restore(
+        self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
+    ) -> None:
+        """Reload M_{t-1}, then write into it what the checkpoint held."""
+        super().restore(load_weights, stage, inputs)
+        assert self._model is not None
+        saved, self._saved = self._saved, {}
+        self._steps = int(saved.get(_STEPS, torch.tensor(0)))
+        weights = {name.removeprefix(_WEIGHTS): t for name, t in saved.items() if name.startswith(_WEIGHTS)}
+        self._moved = bool(weights)
+        if weights:
+            ours = dict(self._model.named_parameters())
+            assert ours.keys() == weights.keys(), "the checkpoint's reference is another architecture"
+            for name, parameter in ours.items():
+                parameter.data.copy_(weights[name])
+
+
+class UpdatingReference(FollowingReference):
+    """TR-DPO (arXiv 2404.09656): every n optimizer steps the reference moves towards the policy.
+
+    reference <- mix * policy + (1 - mix) * reference, weight by weight. `mix: 1` is the paper's hard update
+    (the reference becomes the policy), a smaller one its soft update; `every_n_steps: 1` with a small `mix` is an
+    exponential moving average of the policy with decay 1 - mix.
+
+    Args:
+        every_n_steps: optimizer steps of a stage between two updates; the count begins anew with each stage.
+        mix: weight of the policy, in (0, 1].
+        offload: keep its weights in the memory of the CPU between forward passes.
+
+    Raises:
+        ConfigurationError: a number outside its range.
+    """
+
+    def __init__(self, every_n_steps: int, mix: float = 1.0, offload: bool = False) -> None:
+        super().__init__(offload)
+        if every_n_steps < 1:
+            raise ConfigurationError(
+                f"`every_n_steps` of UpdatingReference is {every_n_steps}, expected 1 or more"
+            )
+        if not 0 < mix <= 1:
+            raise ConfigurationError(f"`mix` of UpdatingReference is {mix}, expected within (0, 1]")
+        self.every_n_steps = every_n_steps
+        self.mix = mix
+
+    def settings(self) -> dict[str, Any]:
+        """Its two numbers."""
+        text = f"{self.mix} * policy + {1 - self.mix} * reference every {self.every_n_steps} steps"
+        return {"model.reference": f"M_{{t-1}}, then {text}"}
+
+    def follow(self, policy: CausalBackbone, step: int) -> bool:
+        """Every n steps."""
+        if step % self.every_n_steps:
+            return False
+        assert self._model is not None, "a step before the stage began"
+        mix_weights_(self._model, policy, self.mix)
+        return True
+
+
+class KLBoundReference(FollowingReference):
+    """The reference becomes the policy after an optimizer step whose estimated KL to it passes a bound.
+
+    The estimate of a step is the mean over its 2B completions y, chosen and rejected, of all ranks and micro-batches,
+    of (log pi(y | x) - log pi_ref(y | x))^2 / 2, summed logps, in nats: Schulman's k2
+    (http://joschu.net/blog/kl-approx.html). Two things to know: the completions are the data's and not drawn from the
+    policy, so this is a distance on the data rather than KL(pi || pi_ref); and the logps are those of the step's own
+    forward pass, so pi is the policy before that step. No forward pass is made for it.
+
+    Args:
+        max_kl: the bound, nats a completion.
+        offload: keep its weights in the memory of the CPU between forward passes.
+
+    Raises:
+        ConfigurationError: a bound that isn't above 0.
+    """
+
+    def __init__(self, max_kl: float, offload: bool = False) -> None:
+        super().__init__(offload)
+        if max_kl <= 0:
+            raise ConfigurationError(f"`max_kl` of KLBoundReference is {max_kl}, expected above 0")
+        self.max_kl = max_kl
+        # (sum, completions) of each micro-batch of the step.
+        self._observed: list[Tensor] = []
+
+    def settings(self) -> dict[str, Any]:
+        """Its bound."""
+        return {"model.reference": f"M_{{t-1}}, then the policy where KL passes {self.max_kl}"}
+
+    def observe(self, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps) -> None:
+        """Add up a micro-batch, in float64 and without waiting for the device."""
+        self._observed.append(k2_sums(batch.weights, policy, reference))
+
+    def follow(self, policy: CausalBackbone, step: int) -> bool:
+        """Where the bound is passed; all ranks add the same numbers in the same order."""
+        sums = torch.stack(self._observed).sum(0).tolist() if self._observed else [0.0, 0.0]
+        self._observed.clear()
+        total, count = (sum(column) for column in zip(*from_every_rank(sums), strict=True))
+        if not count:
+            raise ConfigurationError(
+                "KLBoundReference saw no logps in a step: `training_step` must set `last_logps`, as ours does"
+            )
+        if total / count <= self.max_kl:
+            return False
+        assert self._model is not None, "a step before the stage began"
+        copy_weights_(self._model, policy)
+        return True
+
+
+def k2_sums(weights: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """Sum over completions of (log pi - log pi_ref)^2 / 2, and how many there are.
+
+    Args:
+        weights: `[B]`; pairs of weight 0 don't count.
+        policy: logps `[B]`.
+        reference: logps `[B]`.
+
+    Returns:
+        `[2]` float64.
+    """
+    real = weights > 0
+    ratios = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).double()
+    halves = torch.where(real, ratios**2 / 2, 0.0)
+    return torch.stack([halves.sum(), 2.0 * real.sum().double()])
+
+
+@torch.no_grad()
+def mix_weights_(target: nn.Module, source: nn.Module, mix: float) -> None:
+    """target <- mix * source + (1 - mix) * target, parameter by parameter; buffers are copied.
+
+    Args:
+        target: changed in place, perhaps on another device.
+        source: of the same names and shapes.
+        mix: in (0, 1]; at 1 a copy, bit for bit.
+    """
+    if mix == 1:
+        copy_weights_(target, source)
+        return
+    theirs = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.lerp_(theirs[name].to(parameter.device), mix)
+    buffers = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        buffer.copy_(buffers[name])
