@@ -15,7 +15,7 @@ from sdpo_lightning.losses import implicit_rewards
 from sdpo_lightning.losses_free import orpo_loss, sft_loss, simpo_loss
 from sdpo_lightning.losses_unpaired import aot_loss, aot_unpaired_loss, bco_pair_loss
 from sdpo_lightning.objectives import PreferenceLoss, check_smoothing
-from sdpo_lightning.types import ConfigurationError, PairLogps
+from sdpo_lightning.types import ConfigurationError, PairLogps, StageSettings
 
 
 @dataclass(frozen=True)
@@ -221,3 +221,17 @@ def check_loss(loss: PreferenceLoss | None, label_smoothing: float, logps: Compl
             f"`model.loss` is {name}, a mean over whole answers, and `ld_alpha` of `model.logps` is {logps.ld_alpha}; "
             "leave one of them out"
         )
+
+
+def check_stage_losses(loss: PreferenceLoss | None, stage_settings: Mapping[str, StageSettings]) -> None:
+    """Refuse what single stages can't have with `model.loss`.
+
+    Raises:
+        ConfigurationError: a stage with its own label smoothing, which only the default loss reads.
+    """
+    for key, own in stage_settings.items():
+        if loss is not None and own.label_smoothing is not None:
+            raise ConfigurationError(
+                f"`data.stage_settings[{key}]` has `label_smoothing` {own.label_smoothing}, and `model.loss` is "
+                f"{type(loss).__name__}, which has its own for all stages; leave one of them out"
+            )

@@ -79,9 +79,7 @@ def linear_token_logps(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
     weight = CASTS.cast(head.weight, dtype)
     bias = None if head.bias is None else CASTS.cast(head.bias, dtype)
-    logps, repeated = _LinearLogps.apply(
-        selected.to(dtype), weight, bias, targets, scale, logits_budget_mb, collisions
-    )
+    logps, repeated = _LinearLogps.apply(selected.to(dtype), weight, bias, targets, scale, logits_budget_mb, collisions)
     return (torch.stack([logps, repeated]) if collisions else logps)[..., : len(batch.target_ids)]
 
 
@@ -265,5 +263,5 @@ def alignment_weights(logps: Tensor, collisions: Tensor, batch: PreferenceBatch)
     """
     aligned = logps.detach() - collisions.detach()
     totals = aligned.new_zeros(2 * batch.num_pairs).index_add(0, batch.sequence_index, aligned)
-    chosen, rejected = (totals / batch.completion_lengths).exp().chunk(2)
+    chosen, rejected = (totals / batch.completion_lengths.clamp(min=1)).exp().chunk(2)
     return chosen * rejected

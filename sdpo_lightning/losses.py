@@ -34,7 +34,7 @@ def score_margin(policy: PairLogps, reference: PairLogps, score: Score | None = 
 def mean_score_margin(policy: PairLogps, reference: PairLogps, score: Score | None = None) -> Tensor:
     """The same, each score divided by the tokens of its completion, `[B]`."""
     chosen, rejected = scores(policy, reference, score)
-    return chosen / policy.chosen_lengths - rejected / policy.rejected_lengths
+    return chosen / policy.chosen_lengths.clamp(min=1) - rejected / policy.rejected_lengths.clamp(min=1)
 
 
 def smoothed_sigmoid(logits: Tensor, label_smoothing: float) -> Tensor:
@@ -71,9 +71,7 @@ def dpo_loss(
     return smoothed_sigmoid(beta * score_margin(policy, reference, score), label_smoothing)
 
 
-def sigmoid_norm_loss(
-    policy: PairLogps, reference: PairLogps, beta: float, score: Score | None = None
-) -> Tensor:
+def sigmoid_norm_loss(policy: PairLogps, reference: PairLogps, beta: float, score: Score | None = None) -> Tensor:
     """Length-normalised DPO: -log sigmoid(beta * (chosen score / |y_w| - rejected score / |y_l|)).
 
     Lambert et al. 2024 (Tulu 3, arXiv 2411.15124, section 5.1); `sigmoid_norm` of TRL.

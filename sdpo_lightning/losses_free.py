@@ -11,7 +11,8 @@ from sdpo_lightning.types import PairLogps
 
 
 def _mean_logps(policy: PairLogps) -> tuple[Tensor, Tensor]:
-    return policy.chosen / policy.chosen_lengths, policy.rejected / policy.rejected_lengths
+    # As TRL: a completion that was cut away altogether counts as one token.
+    return policy.chosen / policy.chosen_lengths.clamp(min=1), policy.rejected / policy.rejected_lengths.clamp(min=1)
 
 
 def sft_loss(policy: PairLogps) -> Tensor:

@@ -122,9 +122,7 @@ def aot_loss(policy: PairLogps, reference: PairLogps, beta: float, label_smoothi
     return _sorted_loss(policy.gamma, reference.gamma, policy.real, beta, label_smoothing)
 
 
-def aot_unpaired_loss(
-    policy: PairLogps, reference: PairLogps, beta: float, label_smoothing: float = 0.0
-) -> Tensor:
+def aot_unpaired_loss(policy: PairLogps, reference: PairLogps, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """The k-th smallest log-ratio of a chosen answer against the k-th smallest of a rejected one.
 
     Melnyk et al. 2024 (AOT, unpaired, arXiv 2406.05882, section 3), by sorting. As TRL's `aot_unpaired`. The

@@ -21,7 +21,7 @@ from sdpo_lightning.backbone import (
     load_skeleton,
     weights_digest,
 )
-from sdpo_lightning.batch_objectives import check_loss
+from sdpo_lightning.batch_objectives import check_loss, check_stage_losses
 from sdpo_lightning.callbacks import StageTransition
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_plain_checkpoints
@@ -151,6 +151,7 @@ class DPOLitModule(HeldOutPairs):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
+            check_stage_losses(self.loss, self.trainer.datamodule.staging.stage_settings)
             load_external(self)
             self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
@@ -294,7 +295,8 @@ class DPOLitModule(HeldOutPairs):
             now = self.trainer.accumulate_grad_batches
             rescale_(checkpoint["loops"]["fit_loop"], self.resumed_plan[ACCUMULATE], now)
         self.record = record
-        if self.loss is not None:
+        # `validate` may look at the model by another loss.
+        if self.loss is not None and self.resumed_plan.get("model.loss") == self.loss.settings():
             self.loss.load_state_dict(checkpoint["loss_state"])
         self.random_states = checkpoint["random_states"]
         self.reference.load_state_dict(checkpoint.get("reference", {}))

@@ -32,8 +32,8 @@ def check_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def needs_own_lengths(pl_module: Any) -> bool:
     """Whether loss or logps use single tokens or lengths, which another tokenizer's reference doesn't share.
 
-    Known of an overridden `compute_logps`, and of `model.logps` that weigh tokens. A `preference_loss` of one's own is trusted
-    with sums; the lengths that it is given are the policy's on both sides.
+    Known of an overridden `compute_logps`, and of `model.logps` that weigh tokens. A `preference_loss` of one's own is
+    trusted with sums; the lengths that it is given are the policy's on both sides.
     """
     weighs_tokens = pl_module.logps.settings() != SummedLogps().settings()
     return weighs_tokens or type(pl_module).compute_logps.__qualname__ != "DPOLitModule.compute_logps"

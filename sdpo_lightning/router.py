@@ -51,9 +51,7 @@ class RouterLoss:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        # As in transformers, the coefficient alone adds nothing.
-        asked = bool(config.get("output_router_logits"))
-        self._declared = float(config.get("router_aux_loss_coef") or 0.0) if asked else 0.0
+        self._declared = float(config.get("router_aux_loss_coef") or 0.0)
         self._is_mixture = "output_router_logits" in config
         self._top_k = config.get("num_experts_per_tok")
         self.coefficient = 0.0
@@ -63,8 +61,7 @@ class RouterLoss:
         """Choose the weight of the loss.
 
         Args:
-            given: `model.router_aux_loss`; None is the one of the model's config where that has
-                `output_router_logits`, else 0.
+            given: `model.router_aux_loss`; None is the one of the model's config, 0 where it has none.
 
         Raises:
             ConfigurationError: the model isn't a mixture of experts that gives its router's logits.
@@ -74,7 +71,8 @@ class RouterLoss:
                 f"`model.router_aux_loss` is {given}, and the model is no mixture of experts that gives the logits "
                 "of its router; leave it out"
             )
-        self.coefficient = self._declared if given is None else given
+        declared = self._declared if self._is_mixture else 0.0
+        self.coefficient = declared if given is None else given
 
     def arguments(self) -> dict[str, bool]:
         """What the model's body is called with: router logits cost memory, and only training uses them."""
@@ -97,7 +95,8 @@ class RouterLoss:
             return
         if not router_logits:
             raise ConfigurationError(
-                "the model's body gives no router logits for its load-balancing loss; set `model.router_aux_loss: 0`"
+                "the model's config has `router_aux_loss_coef`, and its body gives no router logits; set "
+                "`model.router_aux_loss: 0`"
             )
         self._loss = self.coefficient * load_balancing_loss(router_logits, int(self._top_k), real_positions(batch))
 

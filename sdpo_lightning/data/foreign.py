@@ -18,9 +18,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.data.cache import fingerprints
-from sdpo_lightning.data.collate import PairTokenizer, Text
+from sdpo_lightning.data.collate import PairTokenizer, Text, TokenizedPair
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore, StageLoader
-from sdpo_lightning.data.sources import VAL_FIRST_ROW, PreferenceSource, read_source
+from sdpo_lightning.data.rows import VAL_FIRST_ROW
+from sdpo_lightning.data.sources import read_source
 from sdpo_lightning.data.tables import TableWriter
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
@@ -29,9 +31,8 @@ log = logging.getLogger(__name__)
 # Nothing is ever cut here: what is too long is refused.
 _NO_LIMIT = 2**31
 _IDS = datasets.List(datasets.Value("int32"))
-_FEATURES = datasets.Features(
-    {"pair_id": datasets.Value("int64")} | dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _IDS)
-)
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_unscored", "rejected_unscored")
+_FEATURES = datasets.Features({"pair_id": datasets.Value("int64")} | dict.fromkeys(_COLUMNS, _IDS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +71,15 @@ class ForeignRows:
         """
         wanted, lost = set(pair_ids), Counter[str]()
         writer = TableWriter(_FEATURES)
-        tokenize = PairTokenizer(self.tokenizer, _NO_LIMIT)
         log.info("tokenising %d pairs by %s", len(pair_ids), self.name)
-        for pair_id, prompt, sides in self._texts(wanted):
-            pair = tokenize(prompt, *sides)
+        for pair_id, pair in self._pairs(wanted):
             if isinstance(pair, str):
                 lost[pair] += 1
             elif self.max_length is not None and _longest(pair) > self.max_length:
                 lost[f"longer than its `max_length` of {self.max_length}"] += 1
             else:
-                writer.add((pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+                unscored = ([n for run in runs for n in run] for runs in (pair.chosen_unscored, pair.rejected_unscored))
+                writer.add((pair_id, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, *unscored))
         if lost:
             listed = ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items()))
             raise ConfigurationError(
@@ -89,7 +89,7 @@ class ForeignRows:
             )
         return PairStore([writer.finish()])
 
-    def _texts(self, wanted: set[int]) -> Iterator[tuple[int, Text, list[Text]]]:
+    def _pairs(self, wanted: set[int]) -> Iterator[tuple[int, TokenizedPair | str]]:
         for index, source in enumerate(self.sources):
             for path, first_row in ((None, 0), (source.val_path, VAL_FIRST_ROW))[: 1 + (source.val_path is not None)]:
                 read = read_source(source, index, path, self.on_bad_row, first_row)
@@ -98,9 +98,13 @@ class ForeignRows:
                         f"`model.reference`: source {source.name!r} is conversational, but the tokenizer {self.name!r} "
                         "has no chat template; give it one, or use another `tokenizer`"
                     )
+                plain = PairTokenizer(self.tokenizer, _NO_LIMIT)
+                tokenize = plain.with_variables(source.chat_template_kwargs)
+                packed = "extras" in read.rows.column_names
                 for row in read.rows:
                     if row["pair_id"] in wanted:
-                        yield row["pair_id"], row["prompt"], [self._open(row[s]) for s in ("chosen", "rejected")]
+                        sides = (self._open(row[side]) for side in ("chosen", "rejected"))
+                        yield row["pair_id"], tokenize(row["prompt"], *sides, row["extras"] if packed else "")
 
     def _open(self, completion: Text) -> Text:
         """Without the policy's end: the other tokenizer adds its own, so each side has one."""
