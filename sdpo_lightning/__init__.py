@@ -32,6 +32,7 @@ _HOMES = {
     "LoraSettings": "adapters",
     "PreferenceBatch": "types",
     "PairLogps": "types",
+    "Partition": "data.partitions",
     "Chunk": "types",
     "Stage": "types",
     "StageSettings": "types",

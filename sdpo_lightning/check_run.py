@@ -22,6 +22,7 @@ from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.overlap import read_evaluation
+from sdpo_lightning.data.partitions import read_partition
 from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.rows import row_number
@@ -152,6 +153,7 @@ def _data_module(data: Config) -> CurriculumDataModule:
     """Ours, whichever class the run has: for the checks that it makes."""
     given = {key: value for key, value in data.items() if key in _settings()}
     given["sources"] = [PreferenceSource(**source) for source in data["sources"]]
+    given["partition"] = read_partition(data["partition"])
     return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 

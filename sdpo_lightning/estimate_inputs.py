@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.partitions import read_partition
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.stage_settings import largest_batch, read_stage_settings
@@ -175,8 +176,8 @@ def _checkpoints(trainer: Mapping[str, Any], epochs: int) -> int:
 def _staging(data: Mapping[str, Any]) -> Staging:
     names = [source["name"] for source in data["sources"]]
     own = read_stage_settings(data.get("stage_settings"))
-    keys = ("partition", "order", "merge_ties", "epochs_per_stage")
-    return Staging(names, data.get("stages") or [[n] for n in names], *(data[k] for k in keys), own, data["seed"])
+    given = (read_partition(data["partition"]), *(data[key] for key in ("order", "merge_ties", "epochs_per_stage")))
+    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"])
 
 
 def _epochs(data: Mapping[str, Any]) -> list[int]:

@@ -20,6 +20,7 @@ from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
@@ -39,7 +40,8 @@ class CurriculumDataModule(pl.LightningDataModule):
     Args:
         sources: the preference data sets, each a file, a folder or a hub name.
         partition: `by_source`: one chunk a source; `pooled`: all pairs as one shuffled chunk, the paper's
-            DPO baseline; `random`: all pairs pooled and cut at random into the sizes of `by_source` (Table 3).
+            DPO baseline; `random`: all pairs pooled and cut at random into the sizes of `by_source` (Table 3);
+            or one of `data/partitions.py`, or your own `Partition`.
         order: `easy_to_hard` by M_0's reward accuracy, `given`, or `reversed` (hard to easy).
         stages: lists of source names that train together; default: each source is a stage.
         merge_ties: sources closer than two standard errors share a stage.
@@ -76,7 +78,7 @@ class CurriculumDataModule(pl.LightningDataModule):
     def __init__(
         self,
         sources: list[PreferenceSource],
-        partition: PartitionName = "by_source",
+        partition: PartitionName | Partition = "by_source",
         order: OrderName = "easy_to_hard",
         stages: list[list[str]] | None = None,
         merge_ties: bool = False,
@@ -196,7 +198,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
-        return self.staging.cut(groups, self._chunk_ids())
+        return self.staging.cut(groups, self._chunk_ids(), scores)
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""

@@ -1,4 +1,4 @@
-"""Rank 2: the settings of `data` that make stages of pairs, and what follows from them before any weight is read."""
+"""Rank 3: the settings of `data` that make stages of pairs, and what follows from them before any weight is read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from sdpo_lightning.data.curriculum import (
     order_groups,
     stage_names,
 )
+from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.stage_settings import count_by_place, settings_of
-from sdpo_lightning.types import Chunk, StageSettings
+from sdpo_lightning.types import Chunk, ConfigurationError, StageSettings
 
 PartitionName = Literal["by_source", "pooled", "random"]
 OrderName = Literal["easy_to_hard", "given", "reversed"]
@@ -43,7 +44,7 @@ class Staging:
 
     sources: Sequence[str]
     groups: Sequence[Sequence[str]]
-    partition: PartitionName
+    partition: PartitionName | Partition
     order: OrderName
     merge_ties: bool
     epochs_per_stage: int | Mapping[str, int]
@@ -51,17 +52,25 @@ class Staging:
     seed: int
 
     def __post_init__(self) -> None:
-        check_groups(self.sources, self.groups, self.partition)
+        check_groups(self.sources, self.groups, "pooled" if self.partition == "pooled" else "by_source")
+        if self.merge_ties and isinstance(self.partition, Partition):
+            raise ConfigurationError(
+                f"`data.merge_ties` with `data.partition` {type(self.partition).__name__}: ties are of whole sources; "
+                "leave one of them out"
+            )
         check_epochs(self.epochs_per_stage, self.names(), self.sources if self.merge_ties else [])
 
     def names(self) -> list[str]:
         """Of the stages in whatever order they will run, unless ties are merged."""
+        if isinstance(self.partition, Partition):
+            return self.partition.names(self.groups)
         return stage_names(self.partition, self.groups)
 
     @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.order != "given" or self.merge_ties
+        scored = isinstance(self.partition, Partition) and self.partition.needs_scores
+        return self.order != "given" or self.merge_ties or scored
 
     @property
     def knows_epochs(self) -> bool:
@@ -76,13 +85,23 @@ class Staging:
         """
         return order_groups(self.groups, scores, self.order, self.merge_ties)
 
-    def cut(self, groups: Sequence[Sequence[str]], pair_ids: Mapping[str, Sequence[int]]) -> list[Chunk]:
+    def cut(
+        self,
+        groups: Sequence[Sequence[str]],
+        pair_ids: Mapping[str, Sequence[int]],
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> list[Chunk]:
         """All pairs as chunks.
 
         Args:
             groups: source names that train together, in training order.
             pair_ids: source name -> ids.
+            scores: source name -> `[P]`; None before the ranking, when only the sizes are asked for.
         """
+        partition = self.partition
+        if isinstance(partition, Partition):
+            chunks = partition.cut(groups, pair_ids, scores or {}, self.seed)
+            return chunks[::-1] if partition.orders_pairs and self.order == "reversed" else chunks
         return cut_into_chunks(self.partition, groups, pair_ids, self.seed)
 
     def pools(self, pair_ids: Mapping[str, Sequence[int]]) -> list[tuple[list[int], int]]:
@@ -91,6 +110,9 @@ class Staging:
         Args:
             pair_ids: source name -> ids.
         """
+        if isinstance(self.partition, Partition):
+            everything = [i for ids in pair_ids.values() for i in ids]
+            return [(everything, size) for size in self.partition.sizes(self.groups, pair_ids)]
         groups = [list(pair_ids)] if self.partition == "pooled" else self.groups
         chunks = [[i for name in group for i in pair_ids[name]] for group in groups]
         everything = [i for chunk in chunks for i in chunk]
@@ -126,7 +148,7 @@ class Staging:
             if "batch_size" in settings:
                 settings["batch_size x processes"] = settings.pop("batch_size") * world_size
         return {
-            "data.partition": self.partition,
+            "data.partition": self.partition.settings() if isinstance(self.partition, Partition) else self.partition,
             "data.order": self.order,
             "data.epochs_per_stage": dict(zip(names, self.epochs(names), strict=True)),
             # None too where a run of before this setting is resumed.
