@@ -44,7 +44,7 @@ def score_pairs(
     try:
         with torch.no_grad(), CASTS.held():
             for batch in batches:
-                STOP.leave_if_asked()
+                _leave_if_asked(device)
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)
                 if have is None or _on_any_rank(not bool(have.all()), model, device):
@@ -57,6 +57,16 @@ def score_pairs(
         model.train(was_training)
     ids, *columns = _gather(rows)
     return LogpTable.build(ids, PairLogps(*columns))
+
+
+def _leave_if_asked(device: torch.device) -> None:
+    """Stop between two batches: all ranks, or the others would wait for one; each has the same number of batches."""
+    if not dist.is_initialized():
+        return STOP.leave_if_asked()
+    asked = torch.tensor(STOP.signal is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    if asked:
+        STOP.leave()
 
 
 def _on_any_rank(wanted: bool, model: nn.Module, device: torch.device) -> bool:

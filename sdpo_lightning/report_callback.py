@@ -30,6 +30,9 @@ class RunReport(pl.Callback):
         """Write the report. Whatever goes wrong, the run is done, so it is only a warning."""
         if not trainer.is_global_zero or not has_last_model(trainer, pl_module):
             return
+        if pl_module.stage is None and (run_dir(trainer) / "report.html").exists():
+            # A finished run that was started again: its files stay.
+            return
         try:
             report_run(run_dir(trainer))
         except Exception as error:

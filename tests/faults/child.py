@@ -20,7 +20,15 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from lightning.pytorch.callbacks import timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from sdpo_lightning import BackgroundWrites, DPOLitModule, StageCheckpoint, callbacks, export, failpoints, module
+from sdpo_lightning import (
+    BackgroundWrites,
+    DPOLitModule,
+    StageCheckpoint,
+    callbacks,
+    export,
+    failpoints,
+    reference_weights,
+)
 from sdpo_lightning.cli import main
 
 torch.set_num_threads(1)
@@ -83,7 +91,7 @@ def _reference_is_s() -> None:
         return load(self, run_dir)
 
     DPOLitModule.load_reference_weights = loads_s
-    module.check_reference_digest = lambda *_: None
+    reference_weights.check_reference_digest = lambda *_: None
 
 
 def _reference_stays() -> None:
