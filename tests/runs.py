@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from safetensors.torch import load_file
 
-from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference
+from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference, StageSamples
 
 
 def adamw(lr: float = 1e-3, weight_decay: float = 0.1):
@@ -27,12 +27,16 @@ def fit(
     data_class=CurriculumDataModule,
     module_args: dict | None = None,
     trainer_args: dict | None = None,
+    answer_tokens: int | None = 2,
     **data_args,
 ) -> tuple[pl.Trainer, DPOLitModule]:
     """One `fit`, as a plain Trainer does it; returns trainer and module."""
     module_args = {"optimizer": adamw(), "warmup_ratio": 0.2} | (module_args or {})
     data_args = {"order": "given", "batch_size": 2, "max_length": 64} | data_args
     trainer_args = {"log_every_n_steps": 1, "logger": False, "accelerator": "cpu"} | (trainer_args or {})
+    if answer_tokens is not None:
+        # The default's 64 would take longer than the training.
+        callbacks = [*callbacks, StageSamples(max_new_tokens=answer_tokens)]
     pl.seed_everything(0)
     module = module_class(str(model_dir), reference=reference or ResidentReference(), **module_args)
     trainer = pl.Trainer(

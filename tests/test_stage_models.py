@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_rows, write_jsonl
-from runs import assert_same_weights, fit, metrics, reproducible
+from runs import assert_same_weights, metrics, reproducible
+from runs import fit as short_fit
 from transformers import AutoModelForCausalLM
 
 from sdpo_lightning import PreferenceSource, StageEvaluation, StageSamples
@@ -22,6 +23,11 @@ from sdpo_lightning.stage_models import _until
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
 ARGS = {"order": "easy_to_hard", "val_fraction": 0.4, "shuffle": True}
+
+
+def fit(*arguments, **more):
+    """With the samples that every run makes, not the short ones of other tests."""
+    return short_fit(*arguments, answer_tokens=None, **more)
 
 
 @pytest.fixture(scope="module")

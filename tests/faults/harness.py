@@ -71,6 +71,8 @@ class Job:
                 write_jsonl(path, make_rows(count, seed, name))
             sources.append({"name": name, "path": str(path)})
         callbacks = [{"class_path": f"child.{name}"} for name in ("RowsSeen", "Signals", self.checkpoints)]
+        # The default's 64 tokens would take longer than the training.
+        callbacks.append({"class_path": "sdpo_lightning.StageSamples", "init_args": {"max_new_tokens": 2}})
         return [
             "fit",
             f"--trainer.default_root_dir={self.run_dir}",
