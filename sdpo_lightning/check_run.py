@@ -264,4 +264,4 @@ def _disk(config: Config, pairs: int | None) -> list[Finding]:
     text = f"disk: the run will leave about {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free at {root!r}"
     if needed <= free:
         return [Finding("info", text)]
-    return [Finding("warning", f"{text}; save fewer checkpoints or set another `trainer.default_root_dir`")]
+    return [Finding("error", f"{text}; save fewer checkpoints or set another `trainer.default_root_dir`")]

@@ -56,6 +56,7 @@ def said(given: list[str], capsys, code: int = 0, **classes) -> tuple[list[str],
         ["--data.partition=pooled", "--data.batch_tokens=64"],
         ["--data.partition=random", "--data.epochs_per_stage=2", "--trainer.accumulate_grad_batches=2"],
         ["--data.stages=[[b, a]]", "--data.val_fraction=0.2", "--trainer.limit_train_batches=3"],
+        ["--data.partition=sdpo_lightning.data.partitions.Replay", "--data.partition.init_args.share=0.3"],
     ],
 )
 def test_the_plan_is_that_of_fit(tmp_path, words, capsys, more):
@@ -104,11 +105,11 @@ def test_all_errors_are_named_at_once(tmp_path, words, capsys):
     assert len(errors) == 2 and "`model.beta` is 0" in errors[0] and "no tokenizer at '/nowhere'" in errors[1]
 
 
-def test_a_small_disk_is_a_warning(words, capsys, monkeypatch):
+def test_a_small_disk_is_refused(words, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
-    lines, _ = said(words, capsys)
-    assert any(line.startswith("warning: disk: the run will leave about") for line in lines)
+    _, [error] = said(words, capsys, 2)
+    assert error.startswith("error: disk: the run will leave about") and "save fewer checkpoints" in error
 
 
 @pytest.mark.parametrize("name", ["zephyr_7b", "qlora_7b", "slurm/solar_10.7b_2_nodes"])
