@@ -66,7 +66,7 @@ def _leave_if_asked(device: torch.device) -> None:
     asked = torch.tensor(STOP.signal is not None, dtype=torch.int32, device=device)
     dist.all_reduce(asked, dist.ReduceOp.MAX)
     if asked:
-        STOP.leave()
+        STOP.leave_a_pass()
 
 
 def _on_any_rank(wanted: bool, model: nn.Module, device: torch.device) -> bool:

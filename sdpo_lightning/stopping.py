@@ -68,7 +68,16 @@ class StopRequest:
             SystemExit: a signal was received.
         """
         if self.signal is not None:
-            self.leave()
+            self.leave_a_pass()
+
+    def leave_a_pass(self) -> NoReturn:
+        """Exit where nothing is to be kept.
+
+        Raises:
+            SystemExit: always.
+        """
+        log.warning("stopped by a signal in a pass over pairs; start the same command to go on")
+        self.leave()
 
     def leave(self) -> NoReturn:
         """Exit as a shell expects it: 143 after SIGTERM, 130 after SIGINT.

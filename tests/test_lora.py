@@ -497,7 +497,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["lora", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, tiny_model_dir, kind):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(9, seed, name)) for seed, name in enumerate("ab")]
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -58,6 +58,7 @@ def assert_near(ours, theirs):
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_reward_is_that_of_all_ranks(tmp_path, tiny_model_dir):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows(7, 0, "a"))
     ours = two_ranks(tmp_path, "two", tiny_model_dir, "ddp", "bco", path)
@@ -72,6 +73,7 @@ def test_the_mean_reward_is_that_of_all_ranks(tmp_path, tiny_model_dir):
         assert found == pytest.approx([total, 14], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_routers_loss_under_shards_is_that_of_whole_copies(tmp_path, tiny_tokenizer):
     torch.manual_seed(3)
     mixture = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}

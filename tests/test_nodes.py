@@ -96,6 +96,7 @@ def test_shards_on_two_disks_are_refused_up_front(nodes):
     assert not (nodes[0] / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_ddp_on_two_disks_goes_on_once_the_run_is_on_both(nodes):
     whole = _start(nodes, "whole", "ddp", "ResidentReference", "--trainer.log_every_n_steps=1")
     # 7 training pairs a source by 2: stage 2 has steps 5 to 8.

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("reference", [ResidentReference, CachedReference])
+@pytest.mark.parametrize("reference", [ResidentReference, pytest.param(CachedReference, marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, tiny_model_dir, reference):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(9, seed, name)) for seed, name in enumerate("ab")]
     (tmp_path / "script.py").write_text(SCRIPT)
