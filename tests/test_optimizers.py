@@ -118,6 +118,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_ddp_ranks_match_one_process(tmp_path, model_dir, sources):
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, "script.py", str(TESTS), str(tmp_path / "two"), str(model_dir), *(s.path for s in sources)]

@@ -39,6 +39,7 @@ def out(tmp_path_factory, tiny_model_dir, other):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one_process(out, tmp_path, tiny_model_dir, other, name):
     _, make, module_args = scenarios(str(tiny_model_dir), str(other))[name]
