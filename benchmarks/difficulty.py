@@ -59,9 +59,9 @@ def main() -> None:
     lines = [
         "# The order of real sources under each difficulty",
         f"`python -m benchmarks.difficulty`: the first {given.limit} rows of each source at `data.max_length` "
-        f"{given.max_length}, scored by one pass of a Llama of 5.8 million parameters on a CPU. It serves "
-        "mechanics: how far",
-        "an order follows length for another model is for that model to say.",
+        f"{given.max_length}, scored by one pass of a Llama of 5.8 million parameters on a CPU (torch "
+        f"{torch.__version__}, {torch.get_num_threads()} thread).",
+        "It serves mechanics: how far an order follows length for another model is for that model to say.",
         "",
         "```",
         ranking_table(curriculum),
