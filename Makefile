@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN = .venv/bin
+WORKERS ?= 2
 
 .PHONY: demo test test-slow faults lint clean venv .venv
 
@@ -17,8 +18,9 @@ venv .venv:
 demo: venv
 	$(BIN)/python -m sdpo_lightning demo
 
+# A file's tests stay together: many share what one start of several processes has left.
 test: venv
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

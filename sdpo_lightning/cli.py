@@ -29,6 +29,7 @@ from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.ranks import leave_group
 from sdpo_lightning.redaction import HidesSecrets, hide_in_config, hide_in_text
 from sdpo_lightning.start import checkpoint_to_go_on_from, fork_to_begin
 from sdpo_lightning.stopping import STOP
@@ -298,6 +299,7 @@ def main(
         else:
             with STOP.listening() if words[:1] == ["fit"] else nullcontext():
                 CurriculumCLI(model_class, datamodule_class, words)
+            leave_group()
     except (ConfigurationError, MisconfigurationException) as error:
         _stop(error, 2, debug)
     except ResumeError as error:

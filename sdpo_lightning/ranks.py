@@ -130,6 +130,15 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
+def leave_group() -> None:
+    """End a gloo group once the work is done: its threads can abort an interpreter that ends around them.
+
+    Only after a success: a rank that failed can't count on the others. Lightning sees to NCCL's groups.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 def from_every_rank(value: Result) -> list[Result]:
     """What each rank has, in the order of the ranks, on every rank. A collective.
 

@@ -18,6 +18,7 @@ from sdpo_lightning import (
     PreferenceSource,
     UpdatingReference,
 )
+from sdpo_lightning.ranks import leave_group
 
 LORA = {"lora": LoraSettings(r=4)}
 SFT = {"policy_starts_at": "sft"}
@@ -49,3 +50,4 @@ if __name__ == "__main__":
         arguments = {"devices": 2, "strategy": strategy}
         data = {"batch_size": 1, "val_fraction": 0.2}
         fit(out / name, model, sources(out), None, make(), trainer_args=arguments, module_args=module_args, **data)
+    leave_group()
