@@ -480,3 +480,21 @@ def test_control_tokens_in_arguments_tools_and_thoughts_drop_the_pair() -> None:
         ([assistant("y")], json.dumps({"tools": [{"name": "<|im_end|>"}]})),
     ):
         assert tokenize([user("q")], chosen, [assistant("n")], extras) == "special_token_in_text"
+
+
+# ---- pictures
+
+
+def test_pairs_with_pictures_are_refused_and_those_without_stay(tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    part = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    dialogue = {"prompt": [said("user", part)], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    # Two with pictures in a column, one in a message; the null, the empty list and the row without the column stay.
+    pictures = [pair | {"images": ["cat.png"]}, pair | {"image": {"path": "cat.png"}}, dialogue]
+    loaded = load(tmp_path, *pictures, pair, pair | {"images": None}, pair | {"images": []})
+    assert (len(loaded.rows), loaded.dropped) == (3, {"has_images": 3})
+    with pytest.raises(ConfigurationError, match="0 of 3 rows left.*3 has_images"):
+        load(tmp_path, *pictures)
+    # A column that is read as text is no picture.
+    named = {"columns": {"prompt": "image"}}
+    assert len(load(tmp_path, {"image": "p", "chosen": "a", "rejected": "b"}, **named).rows) == 1

@@ -34,6 +34,8 @@ _SPEAKERS = {
     "system": "system",
 }
 
+_MEDIA = ("image", "image_url", "video", "audio", "input_audio")
+
 
 class BadRow(Exception):
     """A row that is dropped; the message is the reason."""
@@ -80,6 +82,8 @@ def _message(item: Any) -> Message:
     if _is_sharegpt(item):
         return _sharegpt_message(item)
     role, content = checked_string(item.get("role")), item.get("content")
+    if isinstance(content, list) and any(isinstance(part, dict) and part.get("type") in _MEDIA for part in content):
+        raise BadRow("has_images")
     more = _fields(item) if len(item) > 2 or content is None else {}
     # A call needs no words; without one an answer has nothing to say.
     if content is not None or "tool_calls" not in more:

@@ -25,6 +25,8 @@ Pair = tuple[Text, Text, Text]  # prompt, chosen, rejected: all strings or all l
 # Found without being asked for, as TRL does it.
 _EXTRAS = ("tools", "chat_template_kwargs")
 _PROMPTS = ("prompt", "conversations")
+# Without its pictures a pair would teach something else.
+_IMAGES = ("images", "image")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ANSWER = "\n\nAssistant:"
 
@@ -94,7 +96,14 @@ class Form:
     def wanted(self) -> set[str]:
         """Columns to read."""
         extras = [self.column(name) for name in _EXTRAS]
-        return {*self.prompts, *extras, *(column for columns in self.needed().values() for column in columns)}
+        return {*self.prompts, *extras, *_IMAGES, *self._columns()}
+
+    def _columns(self) -> set[str]:
+        return {column for columns in self.needed().values() for column in columns}
+
+    def has_images(self, record: dict[str, Any]) -> bool:
+        """Whether a record holds pictures, in columns that aren't read as text."""
+        return any(record.get(name) for name in _IMAGES if name not in self._columns())
 
 
 class Row(NamedTuple):
@@ -131,6 +140,8 @@ def canonical_rows(record: dict[str, Any] | str, form: Form, explicit: bool) -> 
     """
     if isinstance(record, str):
         raise BadRow(record)
+    if form.has_images(record):
+        raise BadRow("has_images")
     prompt = next((record[name] for name in form.prompts if record.get(name) is not None), None)
     if prompt is None and (explicit or form.verdict is not None):
         raise BadRow("missing_prompt")
