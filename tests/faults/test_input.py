@@ -169,7 +169,7 @@ def test_20_strict_runs_stop_at_the_first_bad_row(place, refused):
     "content, expected",
     [
         (b'{"prompt": "\xff"}\n', "UTF-8"),
-        (gzip.compress(b"{}" * 99), "invalid_json"),
+        (gzip.compress(b"{}" * 99, mtime=0), "invalid_json"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-LFS"),
         (json.dumps({"prompt": "w1", "chosen": "w2"}).encode(), "unknown column 'rejected'"),
         (b"", "empty"),
