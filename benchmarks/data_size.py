@@ -8,6 +8,7 @@ memory can't be taken back:
 | imports | what the others import, and the tokenizer |
 | cold | reads and tokenises into an empty cache |
 | warm | finds the pairs in the cache, up to the store that the loader reads from |
+| rank | the verb `rank` with `data.rank_sample` 2000 and a model of 2 small layers, from the cache |
 | iterate | as warm, then one whole shuffled pass of the loader, 4 pairs a micro-batch, padded rows |
 
 Memory is VmHWM: it counts pages of the memory-mapped files too, which the system can take back.
@@ -28,7 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 VOCAB, MAX_LENGTH, MICRO_BATCH = 16_000, 128, 4
-PHASES = ("imports", "cold", "warm", "iterate")
+SAMPLE = 2000
+PHASES = ("imports", "cold", "warm", "rank", "iterate")
 
 
 def write_rows(path: Path, pairs: int, seed: int = 0) -> None:
@@ -70,6 +72,29 @@ def since(began: tuple[float, float], what: str) -> dict[str, float]:
     return {f"{what}_seconds": wall, f"{what}_cpu_seconds": cpu}
 
 
+def write_model(folder: Path) -> None:
+    """Beside the tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, **sizes)).save_pretrained(folder)
+
+
+def rank(folder: Path, num_proc: int | None) -> dict[str, float]:
+    """The order and its standard error, as a user asks for it."""
+    from sdpo_lightning.cli import main
+
+    began = clocks()
+    words = ["rank", f"--model.model_name_or_path={folder}", f"--trainer.default_root_dir={folder / 'run'}"]
+    words += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--data.rank_sample={SAMPLE}"]
+    words += [f"--data.sources=[{{name: pairs, path: {folder / 'pairs.jsonl'}}}]", f"--data.max_length={MAX_LENGTH}"]
+    main(words if num_proc is None else [*words, f"--data.num_proc={num_proc}"])
+    (source,) = json.loads((folder / "run" / "curriculum.json").read_text())["sources"]
+    return since(began, "rank") | {key: source[key] for key in ("pairs", "reward_accuracy", "standard_error")}
+
+
 def run_phase(phase: str, folder: Path, num_proc: int | None) -> dict[str, float]:
     """One phase, in this process; `HF_DATASETS_CACHE` says where the cache is."""
     import lightning.pytorch  # noqa: F401  a run has it in memory
@@ -81,7 +106,9 @@ def run_phase(phase: str, folder: Path, num_proc: int | None) -> dict[str, float
 
     tokenize = PairTokenizer(load_tokenizer(str(folder)), MAX_LENGTH)
     figures: dict[str, float] = {}
-    if phase != "imports":
+    if phase == "rank":
+        figures = rank(folder, num_proc)
+    elif phase != "imports":
         began = clocks()
         source = PreferenceSource("pairs", str(folder / "pairs.jsonl"))
         (report,), parts = prepare_sources([source], Preparation(tokenize, num_proc=num_proc))
@@ -105,6 +132,7 @@ def measure(pairs: int, num_proc: int | None) -> dict[str, dict[str, float]]:
         folder = Path(scratch)
         write_rows(folder / "pairs.jsonl", pairs)
         write_tokenizer(folder)
+        write_model(folder)
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}
         for phase in PHASES:
             words = [sys.executable, "-m", "benchmarks.data_size", "--phase", phase, "--folder", scratch]

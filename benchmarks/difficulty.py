@@ -49,7 +49,7 @@ def main() -> None:
         curriculum = cli.datamodule.curriculum()
     reports, m0, orders = list(cli.datamodule.reports.values()), cli.model.m0_logps, {}
     for name in NAMES:
-        scores = rank_sources(reports, None, find_difficulty(name), m0)
+        scores = rank_sources(reports, [report.train_ids for report in reports], find_difficulty(name), m0)
         accuracies = {source: reward_accuracy(values)[0] for source, values in scores.items()}
         orders[name] = {source: round(accuracies[source], 3) for source in easy_to_hard(accuracies)}
     settings = {**vars(given), "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -178,7 +178,7 @@ def dora_ddp(out, model, run):
 
 def rank_limited(out, model, run):
     """M_0's logps are known of some pairs only, and not of the same ones on each rank."""
-    fit(run, model, sources(out), reference=CachedReference(), trainer_args=_trainer(), rank_limit=4, **DATA)
+    fit(run, model, sources(out), reference=CachedReference(), trainer_args=_trainer(), rank_sample=4, **DATA)
     return {}
 
 

@@ -61,7 +61,7 @@ def test_reward_accuracy_doesnt_depend_on_the_scale():
 
 
 def test_no_pairs_to_rank():
-    with pytest.raises(ConfigurationError, match="rank_limit"):
+    with pytest.raises(ConfigurationError, match="rank_sample"):
         reward_accuracy(torch.zeros(0))
 
 

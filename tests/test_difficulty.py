@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sdpo_lightning import PairLogps
 from sdpo_lightning.cli import main
 from sdpo_lightning.data import difficulty as d
+from sdpo_lightning.data.ranking import ranked_ids
 from sdpo_lightning.types import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -136,6 +137,31 @@ def test_length_alone_is_said(arguments, tmp_path, capsys):
     for name, seed in (("a", 0), ("b", 1), ("c", 2)):
         signs = [len(r["rejected"].split()) - len(r["chosen"].split()) for r in make_rows(30, seed, name)]
         assert rows[name]["shorter_chosen"] == pytest.approx(sum((s > 0) + 0.5 * (s == 0) for s in signs) / 30)
+
+
+@given(count=st.integers(1, 60), sample=st.integers(2, 60) | st.none(), seed=st.integers(0, 9))
+def test_a_sample_is_a_pure_draw_of_so_many(count, sample, seed):
+    ids = [7 * i for i in range(count)]
+    drawn = list(ranked_ids(ids, sample, seed))
+    assert drawn == list(ranked_ids(ids, sample, seed)) == sorted(set(drawn) & set(ids))
+    assert len(drawn) == min(count, sample or count)
+
+
+def test_ranking_over_a_sample_says_its_standard_error(arguments, tmp_path):
+    """Files whose easy rows all stand at the front, so that the first N rows would say 1."""
+    for seed, name in enumerate(("a", "b", "c")):
+        rows = make_rows(30, seed, name)
+        rows.sort(key=lambda row: len(row["chosen"].split()) - len(row["rejected"].split()))
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    more = [f"--data.difficulty={__name__}.short_first", "--data.rank_sample=8"]
+    _, rows = ranked(arguments, tmp_path, more)
+    for row in rows.values():
+        accuracy = row["reward_accuracy"]
+        # Of 8 pairs, ties 1/2; without ties the deviation of a share is sqrt(p (1 - p) 8 / 7), and p = 8 / 8 is none.
+        assert (16 * accuracy) % 1 == 0 and 0 < accuracy < 1
+        assert 0 < row["standard_error"] <= (accuracy * (1 - accuracy) * 8 / 7 / 8) ** 0.5 + 1e-9
+    _, others = ranked(arguments, tmp_path, [*more, "--data.seed=1"])
+    assert [row["reward_accuracy"] for row in others.values()] != [row["reward_accuracy"] for row in rows.values()]
 
 
 def test_each_difficulty_ranks(arguments, tmp_path):

@@ -224,7 +224,7 @@ def test_dora_on_ranks_equals_one_process(out, tmp_path, scenario):
 
 def test_a_cached_reference_with_some_pairs_known_equals_one_process(out, tmp_path):
     _facts(out, "rank_limited")
-    data = DATA | {"batch_size": 2, "rank_limit": 4}
+    data = DATA | {"batch_size": 2, "rank_sample": 4}
     fit(tmp_path, out / "model", sources(out), reference=CachedReference(), **data)
     _assert_close(out / "rank_limited", tmp_path, 1e-5)
 

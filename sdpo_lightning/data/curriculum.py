@@ -34,7 +34,7 @@ def reward_accuracy(scores: Tensor) -> tuple[float, float]:
     """
     scores = scores[~scores.isnan()]
     if scores.numel() == 0:
-        raise ConfigurationError("no pairs to rank; raise `data.rank_limit` or check the source")
+        raise ConfigurationError("no pairs to rank; raise `data.rank_sample` or check the source")
     if bool(scores.isinf().any()):
         raise ConfigurationError("M_0 gives a score that isn't finite; check `model.model_name_or_path`")
     wins = (scores > 0).double() + 0.5 * (scores == 0).double()
@@ -274,7 +274,7 @@ def check_groups(names: Sequence[str], groups: Sequence[Sequence[str]], partitio
         raise ConfigurationError("`data.stages` has no meaning with `data.partition: pooled`; leave one out")
 
 
-def check_numbers(batch_size: int, val_fraction: float, rank_limit: int | None) -> None:
+def check_numbers(batch_size: int, val_fraction: float, rank_sample: int | None) -> None:
     """Check the numbers of `data`.
 
     Raises:
@@ -284,8 +284,8 @@ def check_numbers(batch_size: int, val_fraction: float, rank_limit: int | None) 
         raise ConfigurationError(f"`data.batch_size` is {batch_size}, expected at least 1")
     if not 0 <= val_fraction < 1:
         raise ConfigurationError(f"`data.val_fraction` is {val_fraction}, expected within [0, 1)")
-    if rank_limit is not None and rank_limit < 2:
-        raise ConfigurationError(f"`data.rank_limit` is {rank_limit}, expected at least 2")
+    if rank_sample is not None and rank_sample < 2:
+        raise ConfigurationError(f"`data.rank_sample` is {rank_sample}, expected at least 2")
 
 
 def check_epochs(setting: int | Mapping[str, int], names: Sequence[str], mergeable: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.ranking import order_of_length, rank_sources
+from sdpo_lightning.data.ranking import order_of_length, rank_sources, ranked_ids
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
 from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
@@ -48,7 +48,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         difficulty: score of a pair: `sum_logps`, the paper's gamma; `mean_logps` per token; `length_matched`, gamma
             of the pairs of like length; `residual`, gamma less what length explains; or the path of a function.
         difficulty_reference: folder of another model: pairs are scored by M_0's rewards against it.
-        rank_limit: rank by the first N kept pairs of each source.
+        rank_sample: rank by so many pairs of each source, drawn by `seed`.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
         stage_settings: learning rate, beta, ... of single stages: by name, else by place ("2"), else by "*".
         batch_size: pairs per rank and micro-batch; ignored where `batch_tokens` is given.
@@ -84,7 +84,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         merge_ties: bool = False,
         difficulty: str = "sum_logps",
         difficulty_reference: str | None = None,
-        rank_limit: int | None = None,
+        rank_sample: int | None = None,
         epochs_per_stage: int | dict[str, int] = 1,
         stage_settings: dict[str, StageSettings] | None = None,
         batch_size: int = 4,
@@ -112,7 +112,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.difficulty_reference = difficulty_reference
-        self.rank_limit = rank_limit
+        self.rank_sample = rank_sample
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
         self.layout: LayoutName = layout
@@ -133,7 +133,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.ranking_requested = False
         check_difficulty(difficulty)
         check_processes(num_proc)
-        check_numbers(batch_size, val_fraction, rank_limit)
+        check_numbers(batch_size, val_fraction, rank_sample)
 
     # ---- sources -> tokenised pairs
 
@@ -153,6 +153,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
             act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))
+        self._ranked_ids = [ranked_ids(report.train_ids, self.rank_sample, self.seed) for report in reports]
         self.reports = {report.name: report for report in reports}
         self.store = PairStore(parts)
         self.pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
@@ -187,14 +188,14 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         scores: dict[str, Tensor] = {}
         if m0 is not None:
-            scores = rank_sources(list(self.reports.values()), self.rank_limit, self.pair_scores, m0, reference)
+            scores = rank_sources(list(self.reports.values()), self._ranked_ids, self.pair_scores, m0, reference)
         self._chunks = self.partition(scores)
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
         """Cut the pairs into chunks, easiest first. Override to cut otherwise.
 
         Args:
-            scores: source name -> `[P]` scores of its first P training pairs; empty if order is `given`.
+            scores: source name -> `[P]` scores of its P ranked training pairs; empty if order is `given`.
         """
         groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
@@ -272,7 +273,7 @@ class CurriculumDataModule(pl.LightningDataModule):
 
     def ranking_ids(self) -> list[int]:
         """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
-        return self.train_ids(self.rank_limit) + self.val_ids()
+        return [i for ids in self._ranked_ids for i in ids] + self.val_ids()
 
     def batches(self, pair_ids: list[int]) -> StageLoader:
         """Each of the pairs once, the longest first, this rank's share."""
@@ -288,9 +289,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         """Sources with held-out pairs."""
         return [name for name, report in self.reports.items() if report.val_ids]
 
-    def train_ids(self, limit: int | None = None) -> list[int]:
-        """Training pairs, source after source, at most `limit` of each."""
-        return [i for report in self.reports.values() for i in report.train_ids[:limit]]
+    def train_ids(self) -> list[int]:
+        """Training pairs, source after source."""
+        return [i for report in self.reports.values() for i in report.train_ids]
 
     def val_ids(self) -> list[int]:
         """Held-out pairs, source after source."""

@@ -202,7 +202,7 @@ def _easiest_first(
         if own is not None and (len(own) < distinct or bool(own.isnan().any())):
             raise ConfigurationError(
                 f"source {name!r}: M_0 has scored {int((~own.isnan()).sum())} of {distinct} pairs, expected all, to "
-                "cut them by score; leave `data.rank_limit` out, and take a `data.difficulty` that counts every pair"
+                "cut them by score; leave `data.rank_sample` out, and take a `data.difficulty` that counts every pair"
             )
         values = [0.0] * distinct if own is None else own.tolist()
         found += [(values[n % distinct], pair_id, (name, n)) for n, pair_id in enumerate(pair_ids[name])]

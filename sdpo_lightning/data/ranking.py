@@ -18,14 +18,28 @@ from sdpo_lightning.data.difficulty import (
     mean_logps,
 )
 from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.selection import sampled
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
 log = logging.getLogger(__name__)
 
 
+def ranked_ids(train_ids: Sequence[int], sample: int | None, seed: int) -> Sequence[int]:
+    """The pairs of a source that M_0 scores, in the order of the file.
+
+    Args:
+        train_ids: all of its training pairs.
+        sample: how many are drawn; None is all.
+        seed: of the draw.
+    """
+    if sample is None:
+        return train_ids
+    return [train_ids[place] for place in sampled(len(train_ids), sample, seed)]
+
+
 def rank_sources(
     reports: Sequence[SourceReport],
-    limit: int | None,
+    ids: Sequence[Sequence[int]],
     pair_scores: PairScores,
     m0: LogpTable,
     reference: LogpTable | None = None,
@@ -34,7 +48,7 @@ def rank_sources(
 
     Args:
         reports: of all sources.
-        limit: so many pairs of each are ranked; None is all.
+        ids: the pairs of each that are ranked.
         pair_scores: asked once, for the ranked pairs of all sources together.
         m0: logps of M_0.
         reference: of `data.difficulty_reference`; None is none.
@@ -45,7 +59,6 @@ def rank_sources(
     Raises:
         ConfigurationError: logps that aren't finite, or a source without a pair that counts.
     """
-    ids = [report.train_ids[:limit] for report in reports]
     logps, known = m0.lookup(torch.tensor([i for part in ids for i in part]))
     assert bool(known.all()), "the ranking pass left pairs out"
     if reference is not None:
@@ -71,7 +84,7 @@ def _fill(report: SourceReport, scores: Tensor, logps: PairLogps) -> None:
     if bool(scores.isnan().all()):
         raise ConfigurationError(
             f"source {report.name!r}: `data.difficulty` counts none of its {len(scores)} ranked pairs; choose another "
-            "one, or raise `data.rank_limit`"
+            "one, or raise `data.rank_sample`"
         )
     report.reward_accuracy, report.standard_error = reward_accuracy(scores)
     report.mean_logps_accuracy, report.mean_logps_standard_error = reward_accuracy(mean_logps(logps))
