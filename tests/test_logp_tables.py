@@ -5,11 +5,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from helpers import make_rows, write_jsonl
 from runs import fit
 from safetensors import safe_open
 
 from sdpo_lightning import CachedReference, CurriculumDataModule, DPOLitModule, PreferenceSource
+from sdpo_lightning.logp_tables import _Rows
 from sdpo_lightning.reference import cache_key
 from sdpo_lightning.types import ReferenceInputs
 
@@ -31,6 +33,18 @@ def test_weights_rows_and_numerics_are_in_the_key(change):
 
 def test_places_are_not_in_the_key():
     assert cache_key(replace(INPUTS, folder=Path("elsewhere"), batches=[1])) == cache_key(INPUTS)
+
+
+def test_a_pass_of_many_batches_keeps_each_row():
+    """Uneven batches, some without a real pair, beyond the first room of 4,096 rows and its first doubling."""
+    counts = [0, 1, 4095, 2, 0, 4094, 3, 900]
+    ids = torch.arange(sum(counts)).split(counts)
+    rows = _Rows()
+    for part in ids:
+        rows.add([part, part.float() / 3])
+    found, thirds = rows.columns()
+    assert torch.equal(found, torch.arange(9095)) and torch.equal(thirds, torch.arange(9095).float() / 3)
+    assert (found.dtype, thirds.dtype) == (torch.int64, torch.float32)
 
 
 class OwnLogps(DPOLitModule):
