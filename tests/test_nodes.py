@@ -106,8 +106,8 @@ def test_both_ranks_take_the_pairs_that_the_last_model_chose(tmp_path, nodes, st
     for folder in nodes:
         (folder / "run").symlink_to(shared)
     partition = {"class_path": "sdpo_lightning.data.partitions.Quantiles", "init_args": {"stages": 3}}
-    options = [f"--data.partition={json.dumps(partition)}", "--data.ranked_by=previous", "--trainer.log_every_n_steps=1"]
-    options += ["--model.optimizer.weight_decay=0.01"]
+    options = [f"--data.partition={json.dumps(partition)}", "--data.ranked_by=previous"]
+    options += ["--model.optimizer.weight_decay=0.01", "--trainer.log_every_n_steps=1"]
     for code, errors in _start(nodes, "run", strategy, "ResidentReference", *options):
         assert code == 0, errors[-2000:]
     sources = [PreferenceSource(name, str(nodes[0] / f"{name}.jsonl")) for name in "ab"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from helpers import make_rows, write_jsonl
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from runs import fit, reproducible
 
 from sdpo_lightning import CurriculumDataModule, PreferenceSource, StageCheckpoint
+from sdpo_lightning.cli import main
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator
 from sdpo_lightning.data.loader import PairStore, epoch_order, paced_order
 from sdpo_lightning.data.pacing import Pacing, RootCompetence, paced_places, pool_sizes, read_pacing
@@ -197,3 +199,28 @@ def test_a_run_resumes_exactly(tmp_path, tiny_model_dir, sources, partition, mor
         run(middle, pacing=RootCompetence(0.5))
     with pytest.raises(ResumeError, match="data.pacing: .* -> None"):
         run(middle, pacing=None)
+
+
+def test_the_command_line_knows_both(tmp_path, tiny_model_dir, sources, capsys):
+    listed = [{"name": s.name, "path": s.path, "columns": s.columns} for s in sources]
+    plain = {"trainer": {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "enable_progress_bar": False}}
+    plain["model"] = {"model_name_or_path": str(tiny_model_dir)}
+    partition = {"class_path": "sdpo_lightning.data.partitions.WithinPrompts", "init_args": {"stages": 1}}
+    pacing = {"class_path": "sdpo_lightning.data.pacing.RootCompetence", "init_args": {"start": 0.5}}
+    plain["data"] = {"sources": listed, "partition": partition, "pacing": pacing, "max_length": 64, "batch_size": 9}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(plain))
+    main(["check", f"--config={config}"])
+    said = capsys.readouterr().out
+    # One stage of 2 x 9 pairs by 9; nobody's order is waited for.
+    assert "stage 1 'pair-1': 18 pairs, 1 epochs, 2 optimizer steps" in said and "M_0's to decide" not in said
+    with pytest.raises(SystemExit) as stop:
+        main(["check", f"--config={config}", "--data.bucket_window=2"])
+    assert stop.value.code == 2
+    partition["init_args"]["stages"] = 2
+    config.write_text(yaml.safe_dump(plain))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["check", f"--config={config}"])
+    # No prompt of these has two pairs.
+    assert stop.value.code == 2 and "`stages` of WithinPrompts is 2" in capsys.readouterr().err

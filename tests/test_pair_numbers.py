@@ -35,7 +35,7 @@ def load(tmp_path, rows, **more):
 
 
 def test_a_column_two_columns_and_the_gap_of_the_ratings(tmp_path):
-    rows = [{"prompt": f"q{n}", "chosen": "y", "rejected": "n", "a": a, "b": b} for n, (a, b) in enumerate([(7, "2.5")])]
+    rows = [{"prompt": "q", "chosen": "y", "rejected": "n", "a": 7, "b": "2.5"}]
     one = load(tmp_path, rows, columns={"pair_score": "a", "prompt_score": "b"}).rows
     assert (one["pair_score"][:], one["prompt_score"][:]) == ([7.0], [2.5])
     # Of two columns the first less the second: 7 - 2.5.

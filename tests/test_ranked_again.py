@@ -1,4 +1,4 @@
-"""Stages ranked again by M_{t-1}: every pair exactly once, by the scores of the right model, decided once and for all."""
+"""Stages ranked again by M_{t-1}: every pair exactly once, by the scores of the right model, decided once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, StageSe
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True)
 # Chunks of scores; each pair of a chunk is a number of its own.
-CHUNKS = st.lists(st.lists(st.sampled_from([-2.0, -0.5, 0.0, 1.0, 3.0]), min_size=1, max_size=6), min_size=1, max_size=5)
+VALUES = st.sampled_from([-2.0, -0.5, 0.0, 1.0, 3.0])
+CHUNKS = st.lists(st.lists(VALUES, min_size=1, max_size=6), min_size=1, max_size=5)
 
 
 def made_of(drawn) -> tuple[list[Chunk], dict[int, float]]:
@@ -85,8 +86,9 @@ def test_what_is_left_is_ordered_anew(drawn, decided, hardest_first):
     ],
 )
 def test_what_is_refused(more, text):
+    sources = [PreferenceSource("a", "x"), PreferenceSource("b", "y")]
     with pytest.raises(ConfigurationError, match=text):
-        CurriculumDataModule([PreferenceSource("a", "x"), PreferenceSource("b", "y")], **{"ranked_by": "previous"} | more)
+        CurriculumDataModule(sources, **{"ranked_by": "previous"} | more)
 
 
 # ---- in a run

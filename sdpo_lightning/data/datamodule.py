@@ -7,7 +7,8 @@ loader of its stage. The order is state of the checkpoint: a resumed run never r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -79,6 +80,11 @@ class CurriculumDataModule(PairLists):
     _row_hashes: dict[str, Tensor] | None = None
     _planned: tuple[list[Chunk], Any, list[Stage]] | None = None
     _layout_before: str | None = None
+    _chunks: list[Chunk] | None = None
+    # With `ranked_by: previous` so many stages have their pairs for good; and what was decided by M_{t-1}.
+    _decided: int = 0
+    _decisions: Sequence[dict[str, Any]] = ()
+    _row_scores: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -133,11 +139,6 @@ class CurriculumDataModule(PairLists):
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
-        self._chunks: list[Chunk] | None = None
-        # With `ranked_by: previous` so many stages have their pairs for good; and what was decided by M_{t-1}.
-        self._decided = 0
-        self._decisions: list[dict[str, Any]] = []
-        self._row_scores: dict[str, Tensor] = {}
         # Score the sources even where the order doesn't depend on it.
         self.ranking_requested = False
         check_difficulty(difficulty)
@@ -200,8 +201,8 @@ class CurriculumDataModule(PairLists):
         if m0 is not None:
             scores = rank_sources(list(self.reports.values()), self.rank_limit, self.pair_scores, m0, reference)
         scores = self._row_scores or scores
-        chunks = self.partition(scores)
-        self._chunks = self.staging.paced(chunks, score_by_id(self.source_ids(), scores)) if scores else chunks
+        by_id = score_by_id(self.source_ids(), scores) if self.staging.pacing else {}
+        self._chunks = self.staging.paced(self.partition(scores), by_id)
         self._decided = 1
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
@@ -254,7 +255,7 @@ class CurriculumDataModule(PairLists):
             "length_order": order_of_length(list(self.reports.values())),
             "sources": [report.row() for report in self.reports.values()],
             "stages": [stage.row() for stage in self.stages()],
-        } | ({"ranked_again": self._decisions} if self._decisions else {})
+        } | ({"ranked_again": list(self._decisions)} if self._decisions else {})
 
     # ---- loaders
 
