@@ -157,13 +157,12 @@ def test_sources_are_ordered_anew(tmp_path, tiny_model_dir, sources):
     class Turned(CurriculumDataModule):
         """From M_1 on the hard ones are the easy ones."""
 
-        asked = 0
-
         def pair_scores(self, logps):
-            self.asked += 1
-            return logps.gamma if self.asked == 1 else -logps.gamma
+            return -logps.gamma if self.is_ranked else logps.gamma
 
     args = {"partition": "by_source", "epochs_per_stage": {"a": 2, "*": 1}, "data_class": Turned}
+    # Of whichever source comes second: the plan changes with the decision.
+    args["stage_settings"] = {"2": StageSettings(lr=5e-4)}
     trainer, _ = run_of(tmp_path / "run", tiny_model_dir, sources, **args)
     names = [stage.name for stage in trainer.datamodule.stages()]
     first, _ = run_of(tmp_path / "first", tiny_model_dir, sources, **args | {"ranked_by": "first"})
@@ -178,6 +177,12 @@ def test_sources_are_ordered_anew(tmp_path, tiny_model_dir, sources):
     ]
     # Four epochs, a's two wherever it stands.
     assert trainer.current_epoch == 4 and sum(stage.epochs for stage in trainer.datamodule.stages()) == 4
+    whole = reproducible(tmp_path / "run")
+    found = sorted((tmp_path / "run" / "checkpoints").glob("*.ckpt"), key=lambda p: int(p.stem.split("step=")[1]))
+    end_of_first = 2 * trainer.datamodule.stages()[0].epochs
+    for step in (end_of_first, end_of_first + 1):
+        run_of(tmp_path / "run", tiny_model_dir, sources, found[step - 1], **args)
+        assert reproducible(tmp_path / "run") == whole
 
 
 def test_a_table_of_all_stages_is_found_again(tmp_path, tiny_model_dir, sources, caplog):

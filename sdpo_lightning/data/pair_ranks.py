@@ -189,10 +189,12 @@ def grid_scores(numbers: PairNumbers, rule: PromptRule, prompt_bins: int, gap_bi
     """
     keys = prompt_keys(numbers, rule)
     _, prompts = np.unique(numbers.prompt_key, return_inverse=True)
+    order = np.lexsort((keys, prompts.reshape(-1)))
+    by_prompt = prompts.reshape(-1)[order], keys[order]
     # A prompt may stand with two scores, in two sources; then it counts with each.
-    named = np.stack([prompts.reshape(-1).astype(np.float64), keys])
-    distinct, places = np.unique(named, axis=1, return_inverse=True)
-    prompt_rank = bins(distinct[1], prompt_bins)[places.reshape(-1)]
+    is_new = np.any([np.diff(column, prepend=np.nan) != 0 for column in by_prompt], axis=0)
+    prompt_rank = np.empty(len(order), dtype=np.int64)
+    prompt_rank[order] = bins(by_prompt[1][is_new], prompt_bins)[np.cumsum(is_new) - 1]
     gap_rank = bins(-numbers.pair_score, gap_bins)
     cells = (prompt_rank + gap_rank) * gap_bins + gap_rank
     return -(cells + dense_share(-numbers.pair_score))
