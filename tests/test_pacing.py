@@ -172,9 +172,7 @@ def test_a_run_resumes_exactly(tmp_path, tiny_model_dir, sources, partition, mor
     def run(ckpt_path=None, **others):
         each = StageCheckpoint(every_n_train_steps=1, save_top_k=-1)
         args = {"epochs_per_stage": 2, "partition": partition, "pacing": pacing} | more | others
-        return fit(
-            tmp_path / "run", tiny_model_dir, sources, ckpt_path, callbacks=[each], data_class=Watched, **args
-        )
+        return fit(tmp_path / "run", tiny_model_dir, sources, ckpt_path, callbacks=[each], data_class=Watched, **args)
 
     trainer, module = run()
     data = trainer.datamodule

@@ -47,9 +47,7 @@ def easiest_first(
     return sorted(pair_ids, key=lambda i: sign * scores[i])
 
 
-def cut_again(
-    chunks: Sequence[Chunk], decided: int, scores: Mapping[int, float], hardest_first: bool
-) -> list[Chunk]:
+def cut_again(chunks: Sequence[Chunk], decided: int, scores: Mapping[int, float], hardest_first: bool) -> list[Chunk]:
     """The pairs of all chunks that aren't decided, cut anew by their score into chunks of the same names and sizes.
 
     Args:
@@ -83,9 +81,7 @@ def accuracies(chunks: Sequence[Chunk], scores: Mapping[int, float]) -> dict[str
     return {name: reward_accuracy(torch.tensor(values, dtype=torch.float64))[0] for name, values in own.items()}
 
 
-def order_again(
-    chunks: Sequence[Chunk], decided: int, scores: Mapping[int, float], hardest_first: bool
-) -> list[Chunk]:
+def order_again(chunks: Sequence[Chunk], decided: int, scores: Mapping[int, float], hardest_first: bool) -> list[Chunk]:
     """The chunks that aren't decided, ordered anew by their accuracy; ties keep their order.
 
     Args:
