@@ -33,6 +33,7 @@ _HOMES = {
     "PreferenceBatch": "types",
     "PairLogps": "types",
     "Partition": "data.partitions",
+    "Pacing": "data.pacing",
     "Chunk": "types",
     "Stage": "types",
     "StageSettings": "types",

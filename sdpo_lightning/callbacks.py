@@ -137,8 +137,7 @@ class StageTransition(pl.Callback):
         data = trainer.datamodule
         stages = data.stages()
         self._set_epochs(trainer, data.total_epochs())
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
+        self._write_curriculum(trainer)
         record, self._steps_told = pl_module.record, trainer.global_step
         if trainer.ckpt_path is not None and leaves_files(trainer):
             take_up(trainer, pl_module, stages)
@@ -153,6 +152,11 @@ class StageTransition(pl.Callback):
         if pl_module.random_states is not None:
             restore_random_states(pl_module.random_states)
             pl_module.random_states = None
+
+    @staticmethod
+    def _write_curriculum(trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_json(run_dir(trainer) / "curriculum.json", trainer.datamodule.curriculum())
 
     def _is_behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, following: Stage) -> bool:
         """In a fork, at a stage's end: whether the reference of the next stage is another model than the policy."""
@@ -197,6 +201,8 @@ class StageTransition(pl.Callback):
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
+            if trainer.datamodule.staging.ranked_by == "previous":
+                self._write_curriculum(trainer)
         if stage.index > 1 or stage.settings.given():
             # Those of stage 1 are made before the plan is.
             pl_module.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.overlap import read_evaluation
+from sdpo_lightning.data.pacing import read_pacing
 from sdpo_lightning.data.partitions import read_partition
 from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
@@ -154,6 +155,7 @@ def _data_module(data: Config) -> CurriculumDataModule:
     given = {key: value for key, value in data.items() if key in _settings()}
     given["sources"] = [PreferenceSource(**source) for source in data["sources"]]
     given["partition"] = read_partition(data["partition"])
+    given["pacing"] = read_pacing(data.get("pacing"))
     return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 
@@ -237,7 +239,8 @@ def _stages(
 ) -> list[Stage]:
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
     ids = {report.name: report.chunk_ids for report in reports}
-    chunks = module.staging.cut(module.staging.groups, ids)
+    scores = module.staging.row_scores(store.numbers, {report.name: report.train_ids for report in reports})
+    chunks = module.staging.cut(module.staging.groups, ids, scores)
     passes = Passes(
         store,
         # Where the model needs another layout and micro-batches go by tokens, the steps may be more.

@@ -111,6 +111,11 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
         ResumeError: S or a stage before t isn't the parent's.
     """
     stages: list[Stage] = trainer.datamodule.stages()
+    if trainer.datamodule.staging.ranked_by == "previous" and fork.from_stage > 2:
+        raise ConfigurationError(
+            f"`--from-stage` is {fork.from_stage} with `data.ranked_by: previous`, expected 2: the pairs of the stages "
+            "between were decided by models of the parent, and no file of its lists them"
+        )
     if fork.from_stage > len(stages):
         raise ConfigurationError(f"`--from-stage` is {fork.from_stage}, but the plan has {len(stages)} stages")
     finished = stages[: fork.from_stage - 1]

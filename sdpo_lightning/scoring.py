@@ -54,7 +54,8 @@ def stage_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stag
     index = record.reference if record.entered == stage.index else reference.model_index(stage)
     known = pl_module.m0_logps if index == 0 else None
     parts = [data.reference_ids(part) for part in reference.covered(stage, data.stages())]
-    ids = parts[0] if len(parts) == 1 else list(dict.fromkeys(i for part in parts for i in part))
+    # The same table whatever order later stages are given by `data.ranked_by: previous`.
+    ids = parts[0] if len(parts) == 1 else sorted({i for part in parts for i in part})
     return _inputs(trainer, pl_module, ids, record.digests[index], run_dir(trainer) / "references", known)
 
 

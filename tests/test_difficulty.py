@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sdpo_lightning import PairLogps
 from sdpo_lightning.cli import main
 from sdpo_lightning.data import difficulty as d
-from sdpo_lightning.data.ranking import ranked_ids
+from sdpo_lightning.data.selection import ranked_ids
 from sdpo_lightning.types import ConfigurationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

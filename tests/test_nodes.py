@@ -1,5 +1,6 @@
 """Two nodes of one gloo rank each, with a disk each or a shared one: what one process gives, or a refusal up front."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import free_port, make_rows, write_jsonl
-from runs import fit, losses, weights
+from runs import adamw, fit, losses, weights
 
 from sdpo_lightning import CachedReference, PreferenceSource, ResidentReference
+from sdpo_lightning.data.partitions import Quantiles
 
 TESTS = Path(__file__).resolve().parent
 REFERENCES = {"ResidentReference": ResidentReference, "CachedReference": CachedReference}
@@ -54,9 +56,9 @@ def _one(tmp_path: Path, nodes: list[Path], reference: str) -> Path:
     return tmp_path / "one"
 
 
-def _assert_equal(run: Path, one: Path) -> None:
+def _assert_equal(run: Path, one: Path, stages: int = 2) -> None:
     folders = sorted(path.name for path in (one / "stages").iterdir())
-    assert len(folders) == 2 and folders == sorted(path.name for path in (run / "stages").iterdir())
+    assert len(folders) == stages and folders == sorted(path.name for path in (run / "stages").iterdir())
     for folder in folders:
         ours, theirs = weights(run / "stages" / folder), weights(one / "stages" / folder)
         for name, tensor in ours.items():
@@ -94,6 +96,29 @@ def test_shards_on_two_disks_are_refused_up_front(nodes):
         assert code == 1
         assert "which the 2 nodes don't share" in errors and "`trainer.strategy: ddp`" in errors
     assert not (nodes[0] / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_both_ranks_take_the_pairs_that_the_last_model_chose(tmp_path, nodes, strategy):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for folder in nodes:
+        (folder / "run").symlink_to(shared)
+    partition = {"class_path": "sdpo_lightning.data.partitions.Quantiles", "init_args": {"stages": 3}}
+    options = [f"--data.partition={json.dumps(partition)}", "--data.ranked_by=previous"]
+    options += ["--model.optimizer.weight_decay=0.01", "--trainer.log_every_n_steps=1"]
+    for code, errors in _start(nodes, "run", strategy, "ResidentReference", *options):
+        assert code == 0, errors[-2000:]
+    sources = [PreferenceSource(name, str(nodes[0] / f"{name}.jsonl")) for name in "ab"]
+    data = {"batch_size": 2, "order": "easy_to_hard", "val_fraction": 0.2}
+    data |= {"partition": Quantiles(3), "ranked_by": "previous"}
+    module = {"optimizer": adamw(1e-3, 0.01), "warmup_ratio": 0.1}
+    fit(tmp_path / "one", nodes[0] / "model", sources, module_args=module, **data)
+    _assert_equal(shared, tmp_path / "one", 3)
+    ours, theirs = (json.loads((run / "ledger.json").read_text())["stages"] for run in (shared, tmp_path / "one"))
+    # The digests of the pairs that each stage trained on, in the order of M_{t-1}'s scores.
+    assert [stage["data"] for stage in ours] == [stage["data"] for stage in theirs]
 
 
 @pytest.mark.slow

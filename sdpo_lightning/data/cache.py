@@ -36,7 +36,7 @@ from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = 4
+_SCHEMA = 5
 _CONTENT = "source.json"
 _WEEK = 7 * 86_400
 

@@ -7,10 +7,10 @@ loader of its stage. The order is state of the checkpoint: a resumed run never r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -20,13 +20,17 @@ from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.pacing import Pacing
+from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
-from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
-from sdpo_lightning.data.ranking import order_of_length, rank_sources, ranked_ids
+from sdpo_lightning.data.prepare import Preparation, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.ranked_again import check_ranked_by, rank_again
+from sdpo_lightning.data.ranking import order_of_length, rank_sources
+from sdpo_lightning.data.reordering import score_by_id
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
-from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
+from sdpo_lightning.data.staging import OrderName, PartitionName, RankedBy, Staging
 from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
@@ -34,7 +38,7 @@ from sdpo_lightning.ranks import from_first_rank, side_by_side
 from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
-class CurriculumDataModule(pl.LightningDataModule):
+class CurriculumDataModule(PairLists):
     """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
 
     Args:
@@ -49,6 +53,8 @@ class CurriculumDataModule(pl.LightningDataModule):
             of the pairs of like length; `residual`, gamma less what length explains; or the path of a function.
         difficulty_reference: folder of another model: pairs are scored by M_0's rewards against it.
         rank_sample: rank by so many pairs of each source, drawn by `seed`.
+        ranked_by: `first`: M_0 orders all stages; `previous`: before each stage M_{t-1} those that are left.
+        pacing: how the pool grows from which a stage's first pass is drawn, one of `data/pacing.py`; none: all at once.
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes ("*" for the others).
         stage_settings: learning rate, beta, ... of single stages: by name, else by place ("2"), else by "*".
         batch_size: pairs per rank and micro-batch; ignored where `batch_tokens` is given.
@@ -74,6 +80,11 @@ class CurriculumDataModule(pl.LightningDataModule):
     _row_hashes: dict[str, Tensor] | None = None
     _planned: tuple[list[Chunk], Any, list[Stage]] | None = None
     _layout_before: str | None = None
+    _chunks: list[Chunk] | None = None
+    # With `ranked_by: previous` so many stages have their pairs for good; and what was decided by M_{t-1}.
+    _decided: int = 0
+    _decisions: Sequence[dict[str, Any]] = ()
+    _row_scores: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -102,21 +113,21 @@ class CurriculumDataModule(pl.LightningDataModule):
         val_fraction: float = 0.0,
         tokenizer: str | None = None,
         num_proc: int | None = None,
+        ranked_by: RankedBy = "first",
+        pacing: Pacing | None = None,
     ) -> None:
-        super().__init__()
-        self.sources = sources
+        super().__init__(sources, rank_sample, seed)
         names = [source.name for source in sources]
         groups = stages or [[name] for name in names]
         own = stage_settings or {}
-        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, own, seed)
+        passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by)
+        self.staging = Staging(names, groups, partition, order, *passes)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.difficulty_reference = difficulty_reference
-        self.rank_sample = rank_sample
-        self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
+        self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed, pacing)
         self.max_length = max_length
         self.layout: LayoutName = layout
-        self.seed = seed
         self.on_bad_row = on_bad_row
         self.on_long_prompt: LongPromptRule = on_long_prompt
         self.on_changed_rows: ChangedRowsRule = on_changed_rows
@@ -124,16 +135,15 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.tokenizer_name = tokenizer
         self.num_proc = num_proc
-        self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
-        self._chunks: list[Chunk] | None = None
         # Score the sources even where the order doesn't depend on it.
         self.ranking_requested = False
         check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_sample)
+        check_ranked_by(ranked_by, difficulty_reference)
 
     # ---- sources -> tokenised pairs
 
@@ -153,9 +163,9 @@ class CurriculumDataModule(pl.LightningDataModule):
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
             act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))
-        self._ranked_ids = [ranked_ids(report.train_ids, self.rank_sample, self.seed) for report in reports]
         self.reports = {report.name: report for report in reports}
         self.store = PairStore(parts)
+        self._row_scores = self.staging.row_scores(self.store.numbers, self.source_ids())
         self.pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         # Until the model is there to say whether `layout` is exact for it.
         self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id, self.batching.pad_to_multiple_of)
@@ -188,18 +198,22 @@ class CurriculumDataModule(pl.LightningDataModule):
         """
         scores: dict[str, Tensor] = {}
         if m0 is not None:
-            scores = rank_sources(list(self.reports.values()), self._ranked_ids, self.pair_scores, m0, reference)
-        self._chunks = self.partition(scores)
+            scores = rank_sources(list(self.reports.values()), self.ranked_ids(), self.pair_scores, m0, reference)
+        scores = self._row_scores or scores
+        by_id = score_by_id(self.source_ids(), scores) if self.staging.pacing else {}
+        self._chunks = self.staging.paced(self.partition(scores), by_id)
+        self._decided = 1
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
         """Cut the pairs into chunks, easiest first. Override to cut otherwise.
 
         Args:
-            scores: source name -> `[P]` scores of its P ranked training pairs; empty if order is `given`.
+            scores: source name -> `[P]` scores of its P ranked training pairs; empty if order is `given`. Those of the
+                rows where the partition goes by them.
         """
         groups = self.staging.in_order(scores)
         self.source_order = [name for group in groups for name in group]
-        return self.staging.cut(groups, self._chunk_ids(), scores)
+        return self.staging.cut(groups, self.chunk_ids(), scores)
 
     def stages(self) -> list[Stage]:
         """The plan, once `rank` or a checkpoint has decided the chunks."""
@@ -230,11 +244,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
         collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
         passes = self._passes(collator).under(largest)
-        pools = self.staging.pools(self._chunk_ids())
+        pools = self.staging.pools(self.chunk_ids())
         return min(passes.fewest_batches(pool, size) for pool, size in pools)
-
-    def _chunk_ids(self) -> dict[str, list[int]]:
-        return {name: report.chunk_ids for name, report in self.reports.items()}
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
@@ -243,7 +254,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             "length_order": order_of_length(list(self.reports.values())),
             "sources": [report.row() for report in self.reports.values()],
             "stages": [stage.row() for stage in self.stages()],
-        }
+        } | ({"ranked_again": list(self._decisions)} if self._decisions else {})
 
     # ---- loaders
 
@@ -251,6 +262,10 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The loader of the Trainer's current epoch."""
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
+        if self.staging.ranked_by == "previous" and stage.index > self._decided:
+            self._chunks, decision = rank_again(self.trainer, self._chunks, stage.index)
+            self._decided, self._decisions = stage.index, [*self._decisions, decision]
+            stage = self.stages()[stage.index - 1]
         epoch = self.trainer.current_epoch - stage.first_epoch
         return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 
@@ -267,14 +282,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         """Every kept pair once, training pairs of all sources first."""
         return self._passes(self.collator).loader(self.train_ids() + self.val_ids())
 
-    def reference_ids(self, stage: Stage) -> list[int]:
-        """Ids of the stage's pairs, each once, and of all held-out pairs."""
-        return list(dict.fromkeys(stage.pair_ids)) + self.val_ids()
-
-    def ranking_ids(self) -> list[int]:
-        """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
-        return [i for ids in self._ranked_ids for i in ids] + self.val_ids()
-
     def batches(self, pair_ids: list[int]) -> StageLoader:
         """Each of the pairs once, the longest first, this rank's share."""
         return self._passes(self.collator).longest_first(pair_ids)
@@ -283,23 +290,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         weights = {index: source.weight for index, source in enumerate(self.sources)}
         return Passes.of(self.trainer, self.store, collator, self.batching, weights)
-
-    @property
-    def val_names(self) -> list[str]:
-        """Sources with held-out pairs."""
-        return [name for name, report in self.reports.items() if report.val_ids]
-
-    def train_ids(self) -> list[int]:
-        """Training pairs, source after source."""
-        return [i for report in self.reports.values() for i in report.train_ids]
-
-    def val_ids(self) -> list[int]:
-        """Held-out pairs, source after source."""
-        return [i for report in self.reports.values() for i in report.val_ids]
-
-    def source_of(self, pair_id: int) -> str:
-        """Name of the source of a pair."""
-        return self.sources[pair_id >> 40].name
 
     # ---- state
 
@@ -314,6 +304,8 @@ class CurriculumDataModule(pl.LightningDataModule):
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
+            "decided": self._decided,
+            "decisions": list(self._decisions),
             "chunk_names": [chunk.name for chunk in chunks],
             "chunk_ids": [torch.tensor(chunk.pair_ids) for chunk in chunks],
             "scores": {name: report.scores() for name, report in self.reports.items()},
@@ -328,7 +320,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
         }
         own = type(self).partition is CurriculumDataModule.partition
-        by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties
+        by_group = own and self.staging.is_by_source
         rule, groups = self.on_changed_rows, self.staging.groups
         return DataPlan(self._row_hashes, settings, groups, by_group, rule, self.accepted)
 
@@ -341,6 +333,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
+        self._decided, self._decisions = state_dict.get("decided", 0), list(state_dict.get("decisions", []))
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._layout_before = state_dict["layout"]
             self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)

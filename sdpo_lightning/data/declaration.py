@@ -30,7 +30,8 @@ class PreferenceSource:
     """Split of a hub data set or of a saved `DatasetDict` (default `train`); files have none."""
     columns: dict[str, str] | None = None
     """prompt, chosen, rejected, system, tools, chat_template_kwargs; of rated lists answers with one of scores, ranks,
-    preference, best -> column of the file. `system` and those of rated lists are read only if they stand here."""
+    preference, best; numbers pair_score, prompt_score for a curriculum -> column of the file. `system`, the numbers and
+    those of rated lists are read only if they stand here."""
     limit: int | None = None
     """Only the first N rows of the file (`path`, `val_path`), counted before any row is dropped."""
     val_path: str | None = None
@@ -52,7 +53,7 @@ class PreferenceSource:
     weight: float = 1.0
     """Of the pairs in the mean loss of a step; matters where sources share a stage."""
     rated_pairs: PairRule = "best_worst"
-    """Of a list of rated answers: the best with the worst, or `all` pairs of different scores."""
+    """Of a list of rated answers: the best with the worst, with the `best_others`, or `all` pairs of other scores."""
     min_gap: float = 0.0
     """Least difference of the scores of such a pair."""
 
@@ -109,5 +110,9 @@ def _check_columns(columns: dict[str, str], key: str) -> None:
     if ("answers" in columns) != bool(verdicts) or len(verdicts) > 1:
         given = [name for name in ("answers", *VERDICTS) if name in columns]
         raise ConfigurationError(f"{key}.columns` names {given}, expected `answers` with one of {list(VERDICTS)}")
+    if verdicts and "pair_score" in columns:
+        raise ConfigurationError(f"{key}.columns` names `pair_score` beside `answers`, whose gap it is; leave it out")
+    if columns.get("pair_score", "").count(",") > 1:
+        raise ConfigurationError(f"{key}.columns` names {columns['pair_score']!r}, expected one column or two")
     if verdicts and {"chosen", "rejected"} & set(columns):
         raise ConfigurationError(f"{key}.columns` names both `answers` and `chosen` or `rejected`; leave one out")

@@ -14,6 +14,9 @@ from sdpo_lightning.data.batching import bucket_order, cut_by_pairs, cut_by_toke
 from sdpo_lightning.data.collate import PreferenceCollator, TokenizedPair
 from sdpo_lightning.data.curriculum import steps_per_epoch
 from sdpo_lightning.data.messages import Spans
+from sdpo_lightning.data.pacing import Pacing, paced_places
+from sdpo_lightning.data.pair_ranks import PairNumbers
+from sdpo_lightning.data.rated import NUMBERS
 from sdpo_lightning.types import PreferenceBatch
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -53,6 +56,15 @@ class PairStore:
         """`[3, P]` int64: tokens of prompt, chosen and rejected completion of the given pairs."""
         return self._lengths[:, self._row_numbers(pair_ids)]
 
+    def numbers(self, pair_ids: Sequence[int]) -> PairNumbers:
+        """What the rows of the given pairs say of them; read from the disk at each call."""
+        rows, names = self._row_numbers(pair_ids), self._rows.column_names
+        table = self._rows.with_format("arrow")
+        nothing = np.full(len(rows), np.nan)
+        scores = (table[name][:].to_numpy()[rows] if name in names else nothing for name in NUMBERS)
+        keys = table["prompt_key"][:].to_numpy()[rows] if "prompt_key" in names else rows
+        return PairNumbers(*(column.astype(np.float64) for column in scores), keys)
+
     def get(self, pair_ids: Sequence[int]) -> list[TokenizedPair]:
         """The pairs of the given ids, in that order."""
         rows = self._rows[self._row_numbers(pair_ids).tolist()]
@@ -83,6 +95,19 @@ def epoch_order(pair_ids: Sequence[int], seed: int, stage_name: str, epoch: int)
     """
     generator = _generator(f"{seed}:{stage_name}:{epoch}")
     return [pair_ids[i] for i in torch.randperm(len(pair_ids), generator=generator).tolist()]
+
+
+def paced_order(pair_ids: Sequence[int], pacing: Pacing, seed: int, stage_name: str) -> list[int]:
+    """The first pass of a stage with a pool that grows, a pure function of its arguments.
+
+    Args:
+        pair_ids: of the stage, the easiest first.
+        pacing: how the pool grows.
+        seed: of the draws.
+        stage_name: as for `epoch_order`.
+    """
+    generator = _generator(f"{seed}:{stage_name}:0:paced")
+    return [pair_ids[place] for place in paced_places(len(pair_ids), pacing, generator)]
 
 
 def bucketed_order(

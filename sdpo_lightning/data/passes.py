@@ -13,7 +13,8 @@ import numpy as np
 from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
-from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, row_limit
+from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, paced_order, row_limit
+from sdpo_lightning.data.pacing import Pacing, check_pacing
 from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.loop_progress import ACCUMULATE, AT_ONCE
 from sdpo_lightning.types import Chunk, ResumeError, Stage, StageSettings
@@ -32,6 +33,7 @@ class Batching:
         pad_to_multiple_of: of row lengths.
         shuffle: anew each pass.
         seed: of the shuffles.
+        pacing: how the pool grows from which a stage's first pass is drawn; None: it holds all from the start.
 
     Raises:
         ConfigurationError: one outside its range, or two that have no meaning together.
@@ -43,9 +45,11 @@ class Batching:
     pad_to_multiple_of: int
     shuffle: bool
     seed: int
+    pacing: Pacing | None = None
 
     def __post_init__(self) -> None:
         check_batching(self.batch_tokens, self.bucket_window, self.pad_to_multiple_of, self.shuffle)
+        check_pacing(self.pacing, self.bucket_window, self.shuffle)
 
     def plan(self, world_size: int) -> dict[str, Any]:
         """What a resumed run must agree on."""
@@ -57,6 +61,7 @@ class Batching:
             "data.bucket_window": self.bucket_window,
             "data.shuffle": self.shuffle,
             "data.seed": self.seed,
+            "data.pacing": None if self.pacing is None else self.pacing.settings(),
         }
 
 
@@ -190,6 +195,8 @@ class Passes:
         settings = self.batching
         if not settings.shuffle:
             return chunk.pair_ids
+        if settings.pacing is not None and epoch == 0:
+            return paced_order(chunk.pair_ids, settings.pacing, settings.seed, chunk.name)
         if not settings.bucket_window:
             return epoch_order(chunk.pair_ids, settings.seed, chunk.name, epoch)
         at_once, window = settings.batch_size * self.world_size, self.accumulate * settings.bucket_window

@@ -18,23 +18,9 @@ from sdpo_lightning.data.difficulty import (
     mean_logps,
 )
 from sdpo_lightning.data.prepare import SourceReport
-from sdpo_lightning.data.selection import sampled
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
 log = logging.getLogger(__name__)
-
-
-def ranked_ids(train_ids: Sequence[int], sample: int | None, seed: int) -> Sequence[int]:
-    """The pairs of a source that M_0 scores, in the order of the file.
-
-    Args:
-        train_ids: all of its training pairs.
-        sample: how many are drawn; None is all.
-        seed: of the draw.
-    """
-    if sample is None:
-        return train_ids
-    return [train_ids[place] for place in sampled(len(train_ids), sample, seed)]
 
 
 def rank_sources(

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-PairRule = Literal["best_worst", "all"]
+PairRule = Literal["best_worst", "best_others", "all"]
 # Columns that say what the answers are worth.
 VERDICTS = ("scores", "ranks", "preference", "best")
 # All that `columns` may name.
-CANONICAL = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "answers", *VERDICTS)
+_PLAIN = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs", "answers", *VERDICTS)
+# What a pair and its prompt are worth to a curriculum.
+NUMBERS = ("pair_score", "prompt_score")
+CANONICAL = (*_PLAIN, *NUMBERS)
 # So many answers have 120 pairs, whose numbers fit the seven bits that a pair id has for them.
 MOST_ANSWERS = 16
 
@@ -53,9 +56,9 @@ def scores_of(verdict: str, values: Any, count: int) -> list[float | None] | Non
     if verdict in ("scores", "ranks"):
         if not isinstance(values, list) or len(values) != count:
             return None
-        numbers = [_number(value) for value in values]
+        numbers = [number_of(value) for value in values]
         return numbers if verdict == "scores" else [None if n is None else -n for n in numbers]
-    number = _number(values)
+    number = number_of(values)
     if verdict == "preference":
         return None if number is None or count != 2 else [-number, number]
     if number is None or number not in range(count):
@@ -63,7 +66,8 @@ def scores_of(verdict: str, values: Any, count: int) -> list[float | None] | Non
     return [float(place == number) for place in range(count)]
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """A finite number, perhaps as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -78,13 +82,17 @@ def choose_pairs(scores: Sequence[float | None], rule: PairRule, min_gap: float)
 
     Args:
         scores: of the answers; None leaves one out.
-        rule: `best_worst`: one pair, of ties the first; `all`: each two.
+        rule: `best_worst`: one pair, of ties the first; `best_others`: the best with each other one (Curri-DPO,
+            arXiv 2403.07230), of ties the first; `all`: each two.
         min_gap: least difference of their scores; equal scores never make a pair.
     """
     rated = [place for place, score in enumerate(scores) if score is not None]
     value = {place: float(scores[place] or 0.0) for place in rated}
+    best = max(rated, key=value.__getitem__, default=0)
     if rule == "best_worst":
-        candidates = [(max(rated, key=value.__getitem__), min(rated, key=value.__getitem__))] if rated else []
+        candidates = [(best, min(rated, key=value.__getitem__))] if rated else []
+    elif rule == "best_others":
+        candidates = [(best, other) for other in rated]
     else:
         candidates = [(a, b) for a in rated for b in rated]
     for better, worse in candidates:

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from sdpo_lightning.data.messages import RESERVED, BadRow, Message, Text, checked_string, from_json, text_of, to_json
 from sdpo_lightning.data.rated import (
     MOST_ANSWERS,
+    NUMBERS,
     VERDICTS,
     PairRule,
     choose_pairs,
     columns_of,
+    number_of,
     pair_number,
     scores_of,
     values_of,
@@ -90,8 +92,14 @@ class Form:
 
     def _given(self) -> dict[str, list[str]]:
         one = {name: [column] for name, column in self.columns.items() if name not in ("answers", *VERDICTS)}
+        if "pair_score" in one:
+            one["pair_score"] = columns_of(self.columns["pair_score"])
         # A system text of each row has its place in front of an explicit prompt only.
         return one | ({"prompt": list(self.prompts[:1])} if "system" in self.columns else {})
+
+    def numbers(self) -> list[str]:
+        """Those of `NUMBERS` that a pair comes with; that of a rated pair is the gap of its ratings."""
+        return [name for name in NUMBERS if name in self.columns or (name == "pair_score" and self.verdict is not None)]
 
     def wanted(self) -> set[str]:
         """Columns to read."""
@@ -115,6 +123,7 @@ class Row(NamedTuple):
         rejected: in the same form.
         number: of the pair within its record.
         extras: JSON of `tools` and `chat_template_kwargs` of a dialogue, "" without any.
+        numbers: `pair_score` and `prompt_score`, None where the source has none.
     """
 
     prompt: Text
@@ -122,6 +131,7 @@ class Row(NamedTuple):
     rejected: Text
     number: int = 0
     extras: str = ""
+    numbers: tuple[float | None, float | None] = (None, None)
 
 
 def canonical_rows(record: dict[str, Any] | str, form: Form, explicit: bool) -> list[Row | str]:
@@ -160,7 +170,20 @@ def canonical_rows(record: dict[str, Any] | str, form: Form, explicit: bool) -> 
         pair = (_split_strings if isinstance(chosen, str) else _split_messages)(chosen, rejected)
     pair = _with_system(record, form, explicit, *pair)
     _check(*pair)
-    return [Row(*pair, 0, "" if isinstance(pair[0], str) else _extras(record, form))]
+    return [Row(*pair, 0, "" if isinstance(pair[0], str) else _extras(record, form), _numbers(record, form))]
+
+
+def _numbers(record: dict[str, Any], form: Form) -> tuple[float | None, float | None]:
+    """The numbers of a row's columns; of two columns the first less the second."""
+    found: list[float | None] = []
+    for name in NUMBERS:
+        values = [number_of(record.get(column)) for column in columns_of(form.columns.get(name, ""))]
+        if name not in form.columns:
+            values = []
+        elif None in values:
+            raise BadRow(f"missing_{name}")
+        found.append(values[0] - sum(values[1:]) if values else None)
+    return found[0], found[1]
 
 
 def _rated(record: dict[str, Any], form: Form, prompt: Text) -> list[Row | str]:
@@ -177,6 +200,7 @@ def _rated(record: dict[str, Any], form: Form, prompt: Text) -> list[Row | str]:
     scores = scores_of(verdict, values, len(answers))
     if scores is None:
         raise BadRow("unrated")
+    prompt_score = _numbers(record, form)[1]
     texts = [None if value is None else _answer(text_of(value), prompt) for value in answers]
     rated = [None if text is None else score for text, score in zip(texts, scores, strict=True)]
     rows: list[Row | str] = []
@@ -185,7 +209,8 @@ def _rated(record: dict[str, Any], form: Form, prompt: Text) -> list[Row | str]:
             pair = _with_system(record, form, True, *_explicit(prompt, texts[better], texts[worse]))
             _check(*pair)
             extras = "" if isinstance(pair[0], str) else _extras(record, form)
-            rows.append(Row(*pair, pair_number(better, worse), extras))
+            gap = (rated[better] or 0.0) - (rated[worse] or 0.0)
+            rows.append(Row(*pair, pair_number(better, worse), extras, (gap, prompt_score)))
         except BadRow as bad:
             rows.append(str(bad))
     if not rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,3 +67,16 @@ def sampled(count: int, sample: Sample, seed: int) -> np.ndarray:
     wanted = sample if isinstance(sample, int) else max(1, round(sample * count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return np.sort(order[:wanted].numpy())
+
+
+def ranked_ids(train_ids: Sequence[int], sample: int | None, seed: int) -> Sequence[int]:
+    """The pairs of a source that M_0 scores, in the order of the file.
+
+    Args:
+        train_ids: all of its training pairs.
+        sample: how many are drawn; None is all.
+        seed: of the draw.
+    """
+    if sample is None:
+        return train_ids
+    return [train_ids[place] for place in sampled(len(train_ids), sample, seed)]

@@ -8,7 +8,7 @@ A bad row is dropped, a bad file is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ import datasets
 
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.messages import BadRow, is_plain, pack
-from sdpo_lightning.data.rated import CANONICAL
+from sdpo_lightning.data.rated import CANONICAL, NUMBERS
 from sdpo_lightning.data.records import Origin, Table, open_table
 from sdpo_lightning.data.rows import Form, Row, canonical_rows, pair_id_of, row_number
 from sdpo_lightning.data.selection import Condition, passes, sampled
@@ -34,7 +34,8 @@ class SourceRows:
 
     rows: datasets.Dataset
     """`pair_id` (int64), `prompt`, `chosen`, `rejected`: all strings, or all lists of `{role, content}`. Where any
-    message or row has more: packed messages (`messages.pack`) and a column `extras`."""
+    message or row has more: packed messages (`messages.pack`) and a column `extras`. Perhaps `pair_score` and
+    `prompt_score` (float64)."""
     dropped: dict[str, int]
     """Reason -> number of rows dropped for it."""
     examples: dict[str, list[str]]
@@ -188,8 +189,9 @@ def _notes(origin: Origin, kept: _Kept) -> list[Note]:
 class _Kept:
     """Good rows on their way into Arrow, bad ones counted by reason."""
 
-    def __init__(self, into: Path | None, packed: bool) -> None:
+    def __init__(self, into: Path | None, packed: bool, numbers: Sequence[str]) -> None:
         self._into = into
+        self._numbers = numbers
         self.packed = packed
         self.writer: TableWriter | None = None
         self.conversational = False
@@ -216,7 +218,8 @@ class _Kept:
         if self.writer is None:
             self._open(conversational)
         assert self.writer is not None
-        self.writer.add((pair_id, *texts, row.extras) if self.packed else (pair_id, *texts))
+        numbers = (row.numbers[NUMBERS.index(name)] for name in self._numbers)
+        self.writer.add((pair_id, *texts, *([row.extras] if self.packed else []), *numbers))
 
     def _open(self, conversational: bool) -> None:
         self.conversational = conversational
@@ -226,6 +229,7 @@ class _Kept:
         features = {"pair_id": datasets.Value("int64")} | dict.fromkeys(CANONICAL[:3], text)
         if self.packed:
             features["extras"] = string
+        features |= dict.fromkeys(self._numbers, datasets.Value("float64"))
         self.writer = TableWriter(datasets.Features(features), self._into)
 
     def drop(self, reason: str, number: int) -> None:
@@ -258,7 +262,7 @@ class _Conversion:
             into: file for the rows; None keeps them in memory.
         """
         while True:
-            kept = _Kept(into, self.packed)
+            kept = _Kept(into, self.packed, self.form.numbers())
             try:
                 if self._fill(kept):
                     return kept

@@ -23,6 +23,7 @@ from datasets.utils import tqdm
 
 from sdpo_lightning.data.collate import TOO_LONG, PairTokenizer
 from sdpo_lightning.data.messages import Text, unpack
+from sdpo_lightning.data.rated import NUMBERS
 from sdpo_lightning.data.tables import TableWriter
 from sdpo_lightning.types import ConfigurationError
 
@@ -40,6 +41,7 @@ _FEATURES = datasets.Features(
         "prompt_key": datasets.Value("int64"),
         "chosen_unscored": _IDS,
         "rejected_unscored": _IDS,
+        **dict.fromkeys(NUMBERS, datasets.Value("float64")),
     }
 )
 
@@ -55,7 +57,7 @@ class Shard:
         tokenize: tokenizer and length limit.
         stop_at_bad_row: whether the first row that would be dropped ends the work.
         out: Arrow file to write: `pair_id`, ids of prompt, chosen and rejected, `prompt_key`, what isn't scored of
-            chosen and rejected (begin, end, begin, end, ...).
+            chosen and rejected (begin, end, begin, end, ...), `pair_score` and `prompt_score` or null.
     """
 
     rows: Path
@@ -187,7 +189,7 @@ def tokenize_shard(shard: Shard, progress: Callable[[int], object]) -> Tokenized
         ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         unscored = ([n for run in runs for n in run] for runs in (pair.chosen_unscored, pair.rejected_unscored))
         # Of the messages themselves: the same prompt may stand in another source or file whose rows aren't packed.
-        writer.add((row["pair_id"], *ids, prompt_key(texts[0]), *unscored))
+        writer.add((row["pair_id"], *ids, prompt_key(texts[0]), *unscored, *map(row.get, NUMBERS)))
         result.pairs += 1
         for mark in pair.marks:
             result.marks[mark] = result.marks.get(mark, 0) + 1
