@@ -46,6 +46,7 @@ from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
+from sdpo_lightning.stage_judge import judge_settings
 from sdpo_lightning.stage_models import StageEvaluation, StageSamples
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
@@ -212,7 +213,7 @@ class DPOLitModule(HeldOutPairs):
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
-        return super().settings() | self.reference.settings() | {
+        return super().settings() | self.reference.settings() | judge_settings(self.trainer) | {
             "model.loss": None if self.loss is None else self.loss.settings(),
             "model.logps": self.logps.settings(),
             "model.router_aux_loss": self.router_aux_loss,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -19,11 +18,13 @@ from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairToke
 from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
+from sdpo_lightning.data.endings import StageEnd, with_ends
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
-from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.prepare import Preparation, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.ranking import order_of_length, rank_sources
 from sdpo_lightning.data.stage_settings import check_stage_settings, largest_batch
 from sdpo_lightning.data.staging import OrderName, PartitionName, Staging
@@ -34,7 +35,7 @@ from sdpo_lightning.ranks import from_first_rank, side_by_side
 from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
-class CurriculumDataModule(pl.LightningDataModule):
+class CurriculumDataModule(PairLists):
     """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
 
     Args:
@@ -103,8 +104,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         tokenizer: str | None = None,
         num_proc: int | None = None,
     ) -> None:
-        super().__init__()
-        self.sources = sources
+        super().__init__(sources, rank_limit)
         names = [source.name for source in sources]
         groups = stages or [[name] for name in names]
         own = stage_settings or {}
@@ -112,7 +112,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.difficulty_reference = difficulty_reference
-        self.rank_limit = rank_limit
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed)
         self.max_length = max_length
         self.layout: LayoutName = layout
@@ -124,11 +123,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.tokenizer_name = tokenizer
         self.num_proc = num_proc
-        self.reports: dict[str, SourceReport] = {}
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
         self._chunks: list[Chunk] | None = None
+        # Index of a stage -> where a stop rule ended it; see `take_ends`.
+        self.ends: dict[int, StageEnd] = {}
         # Score the sources even where the order doesn't depend on it.
         self.ranking_requested = False
         check_difficulty(difficulty)
@@ -210,8 +210,19 @@ class CurriculumDataModule(pl.LightningDataModule):
         if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
             passes.check_layout(self._layout_before)
             passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
-            self._planned = self._chunks, key, plan_stages(self._chunks, self.staging, passes)
+            planned = plan_stages(self._chunks, self.staging, passes)
+            self._planned = self._chunks, key, with_ends(planned, self.ends)
         return self._planned[2]
+
+    def end_stage(self, stage: Stage, batches: int, reason: str) -> None:
+        """End a stage after so many micro-batches of the current epoch; the plan follows."""
+        assert self.trainer is not None
+        passes, epoch = self._passes(self.collator).under(stage.settings), self.trainer.current_epoch
+        self.take_ends(self.ends | {stage.index: passes.end(stage, epoch - stage.first_epoch, batches, reason)})
+
+    def take_ends(self, ends: Mapping[int, StageEnd]) -> None:
+        """Where stages have ended before their plan did."""
+        self.ends, self._planned = dict(ends), None
 
     def settings_of(self, index: int) -> StageSettings:
         """What the stage at that place has to itself; nothing before the chunks are decided."""
@@ -219,7 +230,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         return self.staging.settings(names)[index - 1] if names else StageSettings()
 
     def total_epochs(self) -> int:
-        """Epochs of the whole plan; see `Staging.knows_epochs`."""
+        """Epochs of the whole plan, as if no stage had ended early; see `Staging.knows_epochs`."""
         chunks = self._chunks
         return sum(self.staging.epochs(self.staging.names() if chunks is None else [c.name for c in chunks]))
 
@@ -266,14 +277,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         """Every kept pair once, training pairs of all sources first."""
         return self._passes(self.collator).loader(self.train_ids() + self.val_ids())
 
-    def reference_ids(self, stage: Stage) -> list[int]:
-        """Ids of the stage's pairs, each once, and of all held-out pairs."""
-        return list(dict.fromkeys(stage.pair_ids)) + self.val_ids()
-
-    def ranking_ids(self) -> list[int]:
-        """Ids of the pairs that M_0 scores: those that are ranked, and the held-out ones."""
-        return self.train_ids(self.rank_limit) + self.val_ids()
-
     def batches(self, pair_ids: list[int]) -> StageLoader:
         """Each of the pairs once, the longest first, this rank's share."""
         return self._passes(self.collator).longest_first(pair_ids)
@@ -282,23 +285,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         weights = {index: source.weight for index, source in enumerate(self.sources)}
         return Passes.of(self.trainer, self.store, collator, self.batching, weights)
-
-    @property
-    def val_names(self) -> list[str]:
-        """Sources with held-out pairs."""
-        return [name for name, report in self.reports.items() if report.val_ids]
-
-    def train_ids(self, limit: int | None = None) -> list[int]:
-        """Training pairs, source after source, at most `limit` of each."""
-        return [i for report in self.reports.values() for i in report.train_ids[:limit]]
-
-    def val_ids(self) -> list[int]:
-        """Held-out pairs, source after source."""
-        return [i for report in self.reports.values() for i in report.val_ids]
-
-    def source_of(self, pair_id: int) -> str:
-        """Name of the source of a pair."""
-        return self.sources[pair_id >> 40].name
 
     # ---- state
 
@@ -310,6 +296,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             "plan": plan.values(),
             "rows": dict(plan.rows),
             "accepted": list(self.accepted),
+            "ends": {index: end.row() for index, end in self.ends.items()},
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
@@ -340,6 +327,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
+        self.take_ends({index: StageEnd.of_row(row) for index, row in state_dict.get("ends", {}).items()})
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._layout_before = state_dict["layout"]
             self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)
