@@ -197,3 +197,103 @@ def test_every_checkpoint_over_a_stop(tmp_path, tiny_model_dir, sources, referen
         assert Ledger.read(resumed).stages == Ledger.read(whole).stages
         assert (resumed / "curriculum.json").read_text() == (whole / "curriculum.json").read_text()
         shutil.rmtree(resumed)
+
+
+def test_a_validation_between_the_micro_batches_of_a_step_ends_the_stage_with_that_step(
+    tmp_path, tiny_model_dir, sources
+):
+    """5 micro-batches of a pass over a, by 2, are 3 steps; validations after the third and, of b, the sixth."""
+    rule = StopRule(patience=1, min_delta=NEVER)
+    data = {"epochs_per_stage": {"a": 3, "*": 1}}
+    trainer, _ = run(tmp_path / "one", tiny_model_dir, sources, rule, every=3, accumulate=2, **data)
+    ends = [stage.end for stage in Ledger.read(tmp_path / "one").stages]
+    # The second validation of a is after micro-batch 3 of pass 2, between those of its step 2, which ends with the
+    # fourth: 3 + 2 steps, 10 + 4 * 2 pairs. Of b it is after micro-batch 6, with step 3: 12 pairs.
+    assert [(end.epoch_steps, end.pairs) for end in ends] == [((3, 2), 18), ((3,), 12)]
+    assert trainer.global_step == 8 and steps_of(tmp_path / "one") == {"1": 5, "2": 3}
+    assert float(metrics(tmp_path / "one")[-1]["train/pairs_seen"]) == 18 + 12
+
+
+def test_the_bound_on_kl_ends_a_stage(tmp_path, tiny_model_dir, sources):
+    """The estimate, by hand from the logps that `predict` gives, is above the bound where the stage ended."""
+    args = {"module_args": {"optimizer": adamw(1e-2), "lr_scheduler": "constant", "warmup_ratio": 0.0}}
+    trainer, module = run(tmp_path, tiny_model_dir, sources[:1], StopRule(max_kl=0.5), **args)
+    steps = Ledger.read(tmp_path).stages[0].end.epoch_steps
+    assert 1 <= steps[0] < 5 and "above 0.5" in Ledger.read(tmp_path).stages[0].end.reason
+    data, distances = trainer.datamodule, []
+    for batch in data.val_dataloader()[0]:
+        policy, reference = module.score(module.policy, batch), module.reference.logps(batch)
+        for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
+            distances += [d for d, w in zip(((ours - theirs) ** 2 / 2).tolist(), batch.weights, strict=True) if w > 0]
+    # 3 held-out pairs, two completions each.
+    kl = sum(distances) / 6
+    assert len(distances) == 6 and kl > 0.5
+    assert f"KL {kl:.3g}" in Ledger.read(tmp_path).stages[0].end.reason.replace(f"{kl:.4g}", f"{kl:.3g}")
+
+
+def test_an_end_by_max_steps_is_no_end_of_the_stage(tmp_path, tiny_model_dir, sources, caplog):
+    rule = StopRule(patience=2, min_delta=NEVER)
+    run(tmp_path / "whole", tiny_model_dir, sources, rule)
+    cut = tmp_path / "cut"
+    # Step 2 of 3 of stage 1, then step 2 of stage 2.
+    for steps, statuses in ((2, ["open"]), (5, ["done", "open"])):
+        checkpoint = next((cut / "checkpoints").glob("*.ckpt"), None) if cut.exists() else None
+        limit = {"max_steps": steps}
+        run(cut, tiny_model_dir, sources, rule, ckpt_path=checkpoint, trainer_args=limit)
+        assert [stage.status for stage in Ledger.read(cut).stages] == statuses
+        assert len(list(cut.glob("stages/*"))) == len(statuses) - 1
+        assert f"stopped inside stage {len(statuses)}" in caplog.text
+    [checkpoint] = (cut / "checkpoints").glob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["CurriculumDataModule"]["ends"].keys() == {1}
+    for other in (None, StopRule(patience=3, min_delta=NEVER)):
+        with pytest.raises(ResumeError, match="StageTransition.stop"):
+            run(cut, tiny_model_dir, sources, other, ckpt_path=checkpoint)
+    run(cut, tiny_model_dir, sources, rule, ckpt_path=checkpoint)
+    assert reproducible(cut) == reproducible(tmp_path / "whole")
+    assert Ledger.read(cut).stages == Ledger.read(tmp_path / "whole").stages
+    for folder in ("01-a", "02-b"):
+        assert_same_weights(tmp_path / "whole" / "stages" / folder, cut / "stages" / folder)
+
+
+def test_a_fork_from_a_run_with_a_stop(tmp_path, tiny_model_dir, sources):
+    rule, parent = StopRule(patience=2, min_delta=NEVER), tmp_path / "parent"
+    run(parent, tiny_model_dir, sources, rule)
+
+    def forked(*args, **kwargs):
+        module = DPOLitModule(*args, **kwargs)
+        module.fork = Fork(str(parent), 2)
+        return module
+
+    trainer, _ = run(tmp_path / "fork", tiny_model_dir, sources, rule, module_class=forked)
+    assert_same_weights(parent / "stages" / "02-b", tmp_path / "fork" / "stages" / "02-b")
+    # Steps, pairs and all go on from the parent's 3 steps, not from the 5 that were planned.
+    later = [row for row in reproducible(parent) if row["stage/index"] == "2"]
+    assert reproducible(tmp_path / "fork") == later and later[0]["step"] == "4" and trainer.global_step == 6
+    ours, theirs = Ledger.read(tmp_path / "fork"), Ledger.read(parent)
+    assert [stage.end for stage in ours.stages] == [stage.end for stage in theirs.stages]
+    # Without a rule stage 2 of the fork runs to its plan's end: 7 steps after those 3.
+    trainer, _ = run(tmp_path / "plain", tiny_model_dir, sources, None, module_class=forked)
+    assert trainer.global_step == 3 + 7 and Ledger.read(tmp_path / "plain").stages[1].end is None
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"trainer_args": {"limit_val_batches": 0}}, "there are none: set `data.val_fraction`"),
+        ({"every": 1.0}, "the only one is at its end: set `trainer.val_check_interval`"),
+        ({"every": "00:00:01:00"}, "where a stage ends would depend on the machine"),
+        ({"stop": StopRule(monitor="val_loss", patience=1)}, "there is no val_loss after a validation; logged are"),
+    ],
+)
+def test_what_is_refused(tmp_path, tiny_model_dir, sources, change, text):
+    stop = change.get("stop", StopRule(patience=1))
+    more = {key: value for key, value in change.items() if key != "stop"}
+    with pytest.raises(ConfigurationError, match=text):
+        run(tmp_path, tiny_model_dir, sources, stop, **more)
+
+
+def test_a_stage_without_held_out_pairs_is_refused(tmp_path, tiny_model_dir, sources):
+    bare = [sources[0], PreferenceSource("bare", sources[1].path)]
+    with pytest.raises(ConfigurationError, match="held-out pairs of stage 'bare', which has none"):
+        run(tmp_path, tiny_model_dir, bare, StopRule(patience=1))
+    assert not (tmp_path / "stages").exists()
