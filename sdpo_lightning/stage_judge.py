@@ -24,7 +24,7 @@ from sdpo_lightning.updating_reference import k2_sums
 
 log = logging.getLogger(__name__)
 
-_STOP, _WEIGHTS = "`stop` of StageTransition", "`stage_weights` of StageTransition"
+STOP, WEIGHTS = "`stop` of StageTransition", "`stage_weights` of StageTransition"
 
 
 class StageJudge:
@@ -69,12 +69,14 @@ class StageJudge:
         data = trainer.datamodule
         held_out = data.val_names if trainer.limit_val_batches else []
         groups = data.staging.groups if data.staging.partition == "by_source" else []
-        monitors = [] if self.stop is None else [(_STOP, None if self.stop.patience is None else self.stop.monitor)]
+        monitors = [] if self.stop is None else [(STOP, None if self.stop.patience is None else self.stop.monitor)]
         if self.weights.monitor is not None:
-            monitors.append((_WEIGHTS, self.weights.monitor))
+            monitors.append((WEIGHTS, self.weights.monitor))
         for where, monitor in monitors:
             check_judged(where, monitor, groups, held_out)
-            check_interval(where, trainer, max(data.staging.epochs(data.staging.names())))
+            timed = trainer._val_check_time_interval is not None
+            interval = "a time" if timed else trainer.val_check_interval
+            check_interval(where, interval, max(data.staging.epochs(data.staging.names())))
 
     # ---- the validations of a stage
 
@@ -99,13 +101,13 @@ class StageJudge:
             ConfigurationError: what is monitored was never logged.
         """
         if self.weights.monitor is not None:
-            value = self._value(trainer, pl_module.stage, self.weights.monitor, _WEIGHTS)
+            value = self._value(trainer, pl_module.stage, self.weights.monitor, WEIGHTS)
             self.weights.after_validation(trainer, pl_module, value)
         if self.stop is None or self.reason:
             return
         value = kl = None
         if self.stop.patience is not None:
-            value = self._value(trainer, pl_module.stage, self.stop.monitor, _STOP)
+            value = self._value(trainer, pl_module.stage, self.stop.monitor, STOP)
         if self.stop.max_kl is not None:
             kl = held_out_kl(self._distances)
         self._state, self.reason = judge(self.stop, self._state, value, kl)
@@ -158,23 +160,23 @@ def held_out_kl(sums: list[Tensor]) -> float:
     return total / count if count else float("nan")
 
 
-def check_interval(where: str, trainer: pl.Trainer, most_epochs: int) -> None:
+def check_interval(where: str, interval: Any, most_epochs: int) -> None:
     """Refuse validations that come too late to decide anything, or by the clock.
 
     Args:
         where: names the setting.
-        trainer: knows when it validates.
+        interval: `trainer.val_check_interval`; None is 1.0, and what is no number is a time.
         most_epochs: passes of the stage that has most.
 
     Raises:
         ConfigurationError: with what to set.
     """
-    if trainer._val_check_time_interval is not None:
+    if interval is not None and not isinstance(interval, int | float):
         raise ConfigurationError(
             f"{where} with a `trainer.val_check_interval` of time: where a stage ends would depend on the machine; "
             "give a number of batches, or a share such as 0.25"
         )
-    if repr(trainer.val_check_interval) == "1.0" and most_epochs == 1:
+    if repr(interval) in ("None", "1.0") and most_epochs == 1:
         raise ConfigurationError(
             f"{where} is judged after validations, and with one pass a stage the only one is at its end: set "
             "`trainer.val_check_interval` to a number of batches, or to a share such as 0.25"

@@ -21,10 +21,13 @@ from sdpo_lightning import (
     StageTransition,
     StopRule,
 )
+from sdpo_lightning.cli import main
 from sdpo_lightning.data.endings import StageEnd, last_epoch, pairs_trained, with_ends
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.stop_rule import StopState, is_better, judge, monitored
 from sdpo_lightning.types import ConfigurationError, ResumeError, Stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
 # No loss falls by 100 nats: the first validation of a stage is its best, and the n-th after it ends the stage.
 NEVER = 100.0
@@ -297,3 +300,53 @@ def test_a_stage_without_held_out_pairs_is_refused(tmp_path, tiny_model_dir, sou
     with pytest.raises(ConfigurationError, match="held-out pairs of stage 'bare', which has none"):
         run(tmp_path, tiny_model_dir, bare, StopRule(patience=1))
     assert not (tmp_path / "stages").exists()
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def words(tmp_path, tiny_model_dir, sources):
+    listed = [{"name": source.name, "path": source.path, "val_path": source.val_path} for source in sources]
+    return [
+        f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu", "--data.order=given",
+        "--trainer.enable_progress_bar=false", f"--model.model_name_or_path={tiny_model_dir}",
+        f"--data.sources={json.dumps(listed)}", "--data.max_length=64", "--data.batch_size=2",
+        "--data.on_val_overlap=warn", "--trainer.val_check_interval=1",
+    ]
+
+
+def transition(stop=None, stage_weights=None):
+    arguments = {"stop": stop, "stage_weights": stage_weights}
+    return "--trainer.callbacks+=" + json.dumps(
+        {"class_path": "sdpo_lightning.StageTransition", "init_args": {k: v for k, v in arguments.items() if v}}
+    )
+
+
+def test_check_says_how_each_stage_is_judged_and_fit_does_so(tmp_path, words, capsys):
+    samples = '--trainer.callbacks+={"class_path": "sdpo_lightning.StageSamples", "init_args": {"prompts": []}}'
+    best = {"class_path": "sdpo_lightning.BestOfStage", "init_args": {"monitor": "val/b/loss"}}
+    given = transition({"patience": 2, "min_delta": 100.0, "max_kl": 50}, best)
+    main(["check", *words, given])
+    lines = capsys.readouterr().out.splitlines()
+    judged = "is no better by more than 100 in 2 validations (min) or KL to the reference on held-out completions is"
+    for index, name in ((1, "a"), (2, "b")):
+        assert f"stage {index} {name!r}: ends before its plan where val/{name}/loss {judged} above 50" in lines
+        assert f"stage {index} {name!r}: M_{index} is its weights with the lowest val/b/loss" in lines
+    main(["fit", *words, given, samples])
+    assert [stage.end.epoch_steps for stage in Ledger.read(tmp_path / "run").stages] == [(3,), (3,)]
+
+
+@pytest.mark.parametrize(
+    "stop, more, text",
+    [
+        ({"patience": 0}, [], "`patience` is 0, expected at least 1"),
+        ({"patience": 1}, ["--trainer.val_check_interval=1.0"], "set `trainer.val_check_interval`"),
+        ({"patience": 1}, ["--trainer.limit_val_batches=0"], "there are none"),
+    ],
+)
+def test_check_finds_what_fit_would_refuse(words, stop, more, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["check", *words, transition(stop), *more])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
