@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import make_rows, write_jsonl
 from runs import adamw, assert_same_weights, fit, losses, metrics, reproducible
 
@@ -350,3 +353,18 @@ def test_check_finds_what_fit_would_refuse(words, stop, more, text, capsys):
         main(["check", *words, transition(stop), *more])
     assert ended.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_the_snippets_of_the_docs_are_read(tmp_path, words, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "curriculum.md").read_text()
+    snippets = [yaml.safe_load(part) for part in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    own = [snippet for snippet in snippets if "trainer" in snippet]
+    assert len(own) == 2
+    for number, snippet in enumerate(own):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(snippet))
+        main(["check", f"--config={path}", *words])
+        lines = capsys.readouterr().out.splitlines()
+        said = ("ends before its plan where val/a/loss is no better by more than 0.001 in 3 validations",
+                "M_1 is its weights with the highest val/a/rewards/accuracies")[number]
+        assert any(line.startswith(f"stage 1 'a': {said}") for line in lines), lines
