@@ -13,6 +13,7 @@ _HOMES = {
     "StageTransition": "callbacks",
     "StopRule": "stop_rule",
     "StageWeights": "stage_weights",
+    "StageLosses": "stage_losses",
     "BestOfStage": "best_weights",
     "StageExport": "export",
     "StageCheckpoint": "checkpoint",

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.adapters import LoraSettings
 from sdpo_lightning.check_report import pair_lines, source_lines, stage_lines
-from sdpo_lightning.check_stops import judged_lines
+from sdpo_lightning.check_stages import judged_lines, loss_lines
 from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.datamodule import CurriculumDataModule
@@ -219,7 +219,8 @@ def _describe(
     if stages is None:
         return found
     found += stage_lines(stages, ordered or len(stages) == 1)
-    return found + judged_lines(config["trainer"], module.staging, stages, reports)
+    found += judged_lines(config["trainer"], module.staging, stages, reports)
+    return found + loss_lines(config["model"], module.staging, stages)
 
 
 def _overlap(found: list[Finding], path: str, sources: Sequence[PreferenceSource]) -> list[Finding]:

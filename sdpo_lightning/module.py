@@ -152,7 +152,7 @@ class DPOLitModule(HeldOutPairs):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            check_stage_losses(self.loss, self.trainer.datamodule.staging.stage_settings)
+            check_stage_losses(self.loss, self.trainer.datamodule.staging)
             load_external(self)
             self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
@@ -233,7 +233,7 @@ class DPOLitModule(HeldOutPairs):
     def preference_loss(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Losses `[B]`, unreduced. Override to change the loss."""
         # A stage may have a label smoothing of its own.
-        loss = SigmoidLoss(self.label_smoothing) if self.loss is None else self.loss
+        loss = SigmoidLoss(self.label_smoothing) if self.loss is None else self.loss.of_stage(*self.stage_place())
         return loss(policy, reference, self.beta)
 
     @torch.no_grad()

@@ -229,6 +229,10 @@ class CurriculumDataModule(PairLists):
         names = [chunk.name for chunk in self._chunks or ()]
         return self.staging.settings(names)[index - 1] if names else StageSettings()
 
+    def name_of(self, index: int) -> str:
+        """Name of the stage at that place; empty before the chunks are decided."""
+        return self._chunks[index - 1].name if self._chunks else ""
+
     def total_epochs(self) -> int:
         """Epochs of the whole plan, as if no stage had ended early; see `Staging.knows_epochs`."""
         chunks = self._chunks

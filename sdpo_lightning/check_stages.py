@@ -1,4 +1,4 @@
-"""Rank 6: what the verb `check` says of a stop rule and of `stage_weights`: how each stage is judged."""
+"""Rank 6: what the verb `check` says of single stages: how each is judged, and by which loss it is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.stage_settings import check_stage_keys, layers_of
 from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.stage_judge import STOP, WEIGHTS, check_interval
 from sdpo_lightning.stop_rule import HELD_OUT_LOSS, StopRule, check_judged, metric_names
@@ -44,6 +45,31 @@ def judged_lines(
         if choice is not None:
             best = ("lowest " if choice[1] == "min" else "highest ") + " and ".join(metric_names(choice[0], own))
             lines.append(Finding("info", f"{named}: M_{stage.index} is its weights with the {best}"))
+    return lines
+
+
+def loss_lines(model: Mapping[str, Any], staging: Staging, stages: Sequence[Stage]) -> list[Finding]:
+    """The loss of each stage, where `model.loss` is `StageLosses`.
+
+    Args:
+        model: parsed group, as plain values.
+        staging: knows the names.
+        stages: of the run.
+    """
+    given = model.get("loss")
+    if not isinstance(given, Mapping) or not str(given.get("class_path", "")).endswith("StageLosses"):
+        return []
+    losses = (given.get("init_args") or {}).get("losses") or {}
+    mergeable = staging.sources if staging.merge_ties else []
+    try:
+        check_stage_keys("model.loss.init_args.losses", list(losses), staging.names(), mergeable)
+    except ConfigurationError as error:
+        return [Finding("error", str(error))]
+    lines = []
+    for stage in stages:
+        layers = layers_of(losses, stage.index, stage.name)
+        name = layers[0]["class_path"].rpartition(".")[2] if layers else "SigmoidLoss"
+        lines.append(Finding("info", f"stage {stage.index} {stage.name!r}: loss {name}"))
     return lines
 
 
