@@ -62,7 +62,7 @@ def best_steps(run_dir, tail="loss", best=min) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_m_t_is_what_a_run_of_that_many_steps_ends_with(tmp_path, tiny_model_dir, sources, lora, caplog):
     caplog.set_level("INFO")
     run(tmp_path / "best", tiny_model_dir, sources, BestOfStage(), lora=lora)
@@ -94,21 +94,24 @@ def test_m_t_is_what_a_run_of_that_many_steps_ends_with(tmp_path, tiny_model_dir
             assert f"back to the weights of step {5 * index + step} of {5 * index + 5}" in caplog.text
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_every_checkpoint_goes_on_to_the_same_models(tmp_path, tiny_model_dir, sources, lora):
+@pytest.mark.parametrize(
+    "lora, every",
+    [(None, 4), pytest.param(None, 1, marks=pytest.mark.slow), pytest.param(LORA, 4, marks=pytest.mark.slow)],
+)
+def test_every_checkpoint_goes_on_to_the_same_models(tmp_path, tiny_model_dir, sources, lora, every):
     whole = tmp_path / "whole"
 
     def start(folder, checkpoint=None):
-        every = StageCheckpoint(every_n_train_steps=1, save_top_k=-1)
-        run(folder, tiny_model_dir, sources, BestOfStage(), [every], checkpoint, lora=lora, epochs_per_stage=1)
+        saves = StageCheckpoint(every_n_train_steps=1, save_top_k=-1)
+        run(folder, tiny_model_dir, sources, BestOfStage(), [saves], checkpoint, lora=lora)
 
     start(whole)
     checkpoints = sorted((whole / "checkpoints").glob("*.ckpt"))
     assert len(checkpoints) >= 10
     file = "model.safetensors" if lora is None else "adapter_model.safetensors"
     kept = set()
-    # With an adapter a sample of them; the way is the same.
-    for checkpoint in checkpoints if lora is None else checkpoints[1::4]:
+    # All of them in the slow test.
+    for checkpoint in checkpoints[1::every] if every > 1 else checkpoints:
         states = torch.load(checkpoint, weights_only=True)["callbacks"]
         kept.add(bool(states["StageTransition"]["weights"]))
         resumed = tmp_path / "resumed"
@@ -121,7 +124,7 @@ def test_every_checkpoint_goes_on_to_the_same_models(tmp_path, tiny_model_dir, s
         assert reproducible(resumed) == reproducible(whole), checkpoint.name
         shutil.rmtree(resumed)
     # Those from within a stage hold its best weights, those of a stage's end hold none.
-    assert lora is not None or kept == {True, False}
+    assert every > 1 or kept == {True, False}
 
 
 def test_with_a_stop_rule_and_by_accuracy(tmp_path, tiny_model_dir, sources):

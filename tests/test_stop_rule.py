@@ -141,6 +141,8 @@ def test_each_stage_ends_where_its_rule_fires(tmp_path, tiny_model_dir, sources,
     trainer, _ = run(tmp_path, tiny_model_dir, sources, rule)
     # Validations after each step; the second one after the first of its stage is after step 3.
     assert steps_of(tmp_path) == {"1": 3, "2": 3} and trainer.global_step == 6
+    # What the time left is counted by.
+    assert sum(stage.num_steps for stage in trainer.datamodule.stages()) == 6 and trainer.max_epochs == 2
     ledger = Ledger.read(tmp_path)
     assert [(stage.status, stage.steps, stage.end.epoch_steps, stage.end.pairs) for stage in ledger.stages] == [
         ("done", 3, (3,), 6), ("done", 6, (3,), 6)
@@ -175,7 +177,9 @@ def test_it_is_the_chain_of_runs_of_the_recorded_steps(tmp_path, tiny_model_dir,
     assert losses(tmp_path / "one") == chained and len(chained) == 6
 
 
-@pytest.mark.parametrize("reference, accumulate", [(ResidentReference, 1), (CachedReference, 2)])
+@pytest.mark.parametrize(
+    "reference, accumulate", [pytest.param(ResidentReference, 1, marks=pytest.mark.slow), (CachedReference, 2)]
+)
 def test_every_checkpoint_over_a_stop(tmp_path, tiny_model_dir, sources, reference, accumulate):
     rule, whole = StopRule(patience=1, min_delta=NEVER), tmp_path / "whole"
 
