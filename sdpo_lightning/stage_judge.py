@@ -17,7 +17,7 @@ from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.loop_progress import end_pass_
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
-from sdpo_lightning.stage_weights import StageWeights
+from sdpo_lightning.stage_weights import LastOfStage, StageWeights
 from sdpo_lightning.stop_rule import StopRule, StopState, check_judged, judge, monitored
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
 from sdpo_lightning.updating_reference import k2_sums
@@ -49,12 +49,16 @@ class StageJudge:
     @property
     def judges(self) -> bool:
         """Whether validations decide anything."""
-        return self.stop is not None or self.weights.monitor is not None
+        return self.stop is not None or self._chooses
+
+    @property
+    def _chooses(self) -> bool:
+        return not isinstance(self.weights, LastOfStage)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on."""
         stop = None if self.stop is None else self.stop.settings()
-        weights = self.weights.settings() if self.weights.monitor is not None else None
+        weights = self.weights.settings() if self._chooses else None
         return {"StageTransition.stop": stop, "StageTransition.stage_weights": weights}
 
     def check(self, trainer: pl.Trainer) -> None:
@@ -100,8 +104,9 @@ class StageJudge:
         Raises:
             ConfigurationError: what is monitored was never logged.
         """
-        if self.weights.monitor is not None:
-            value = self._value(trainer, pl_module.stage, self.weights.monitor, WEIGHTS)
+        if self._chooses:
+            monitor = self.weights.monitor
+            value = None if monitor is None else self._value(trainer, pl_module.stage, monitor, WEIGHTS)
             self.weights.after_validation(trainer, pl_module, value)
         if self.stop is None or self.reason:
             return

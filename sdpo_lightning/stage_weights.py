@@ -16,7 +16,11 @@ from sdpo_lightning.types import Stage
 
 
 class StageWeights(ABC):
-    """Chooses among the weights that a stage passes through. A subclass says how."""
+    """Chooses among the weights that a stage passes through. A subclass says how.
+
+    Attributes:
+        monitor: name of a logged metric that it is told after each validation, as in `StopRule`; None is none.
+    """
 
     monitor: str | None = None
 

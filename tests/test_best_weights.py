@@ -19,6 +19,7 @@ from sdpo_lightning import (
     ResidentReference,
     StageCheckpoint,
     StageTransition,
+    StageWeights,
     StopRule,
 )
 from sdpo_lightning.ledger import Ledger
@@ -175,3 +176,34 @@ def test_the_file_of_the_best_weights(tmp_path, tiny_model_dir, sources):
     assert file.keys() == state["weights"].keys()
     assert all(torch.equal(file[name], state["weights"][name]) for name in file)
     assert json.loads((tmp_path / "ledger.json").read_text())["stages"][0]["status"] == "open"
+
+
+class MeanOfStage(StageWeights):
+    """M_t is the mean of the policies at the validations of a stage; without a monitor."""
+
+    def __init__(self):
+        self.seen = []
+
+    def settings(self):
+        return {"class": "MeanOfStage"}
+
+    def begin_stage(self):
+        self.seen = []
+
+    def after_validation(self, trainer, pl_module, value):
+        assert value is None
+        self.seen.append([p.detach().clone() for p in pl_module.trainable()])
+
+    def choose_(self, trainer, pl_module, stage):
+        for parameter, *values in zip(pl_module.trainable(), *self.seen, strict=True):
+            parameter.data.copy_(torch.stack(values).mean(0))
+
+
+def test_a_choice_of_ones_own(tmp_path, tiny_model_dir, sources):
+    own = MeanOfStage()
+    _, module = run(tmp_path, tiny_model_dir, sources[:1], own)
+    assert len(own.seen) == 5 and module.settings()["StageTransition.stage_weights"] == {"class": "MeanOfStage"}
+    file = load_file(tmp_path / "stages" / "01-a" / "model.safetensors")
+    names = [name for name, _ in module.policy.model.named_parameters()]
+    for name, *values in zip(names, *own.seen, strict=True):
+        assert torch.equal(file[name], torch.stack(values).mean(0)) and not torch.equal(file[name], values[-1]), name
