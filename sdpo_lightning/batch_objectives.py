@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sdpo_lightning.completion_logps import CompletionLogps, SummedLogps, WPOLogps
+from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.losses import implicit_rewards
 from sdpo_lightning.losses_free import orpo_loss, sft_loss, simpo_loss
 from sdpo_lightning.losses_unpaired import aot_loss, aot_unpaired_loss, bco_pair_loss
 from sdpo_lightning.objectives import PreferenceLoss, check_smoothing
-from sdpo_lightning.types import ConfigurationError, PairLogps, StageSettings
+from sdpo_lightning.types import ConfigurationError, PairLogps
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,15 @@ class WeightedSum(PreferenceLoss):
         ]
         return torch.stack(parts).sum(0)
 
+    def of_stage(self, index: int, name: str) -> PreferenceLoss:
+        """The sum of what its losses are in a stage."""
+        return replace(self, losses=[loss.of_stage(index, name) for loss in self.losses])
+
+    def check_stages(self, names: Sequence[str], mergeable: Sequence[str]) -> None:
+        """All of them."""
+        for loss in self.losses:
+            loss.check_stages(names, mergeable)
+
     def start_stage(self) -> None:
         """All of them."""
         for loss in self.losses:
@@ -223,14 +233,22 @@ def check_loss(loss: PreferenceLoss | None, label_smoothing: float, logps: Compl
         )
 
 
-def check_stage_losses(loss: PreferenceLoss | None, stage_settings: Mapping[str, StageSettings]) -> None:
+def check_stage_losses(loss: PreferenceLoss | None, staging: Staging) -> None:
     """Refuse what single stages can't have with `model.loss`.
 
+    Args:
+        loss: `model.loss`.
+        staging: knows the stages and their settings.
+
     Raises:
-        ConfigurationError: a stage with its own label smoothing, which only the default loss reads.
+        ConfigurationError: a loss of a stage that isn't there, or a stage with its own label smoothing, which only the
+            default loss reads.
     """
-    for key, own in stage_settings.items():
-        if loss is not None and own.label_smoothing is not None:
+    if loss is None:
+        return
+    loss.check_stages(staging.names(), staging.sources if staging.merge_ties else [])
+    for key, own in staging.stage_settings.items():
+        if own.label_smoothing is not None:
             raise ConfigurationError(
                 f"`data.stage_settings[{key}]` has `label_smoothing` {own.label_smoothing}, and `model.loss` is "
                 f"{type(loss).__name__}, which has its own for all stages; leave one of them out"

@@ -31,6 +31,7 @@ from sdpo_lightning.checks import (
     check_vocabulary,
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
+from sdpo_lightning.data.endings import last_epoch
 from sdpo_lightning.difficulty_reference import score_by_reference
 from sdpo_lightning.export import exporter, run_dir
 from sdpo_lightning.failpoints import failpoint
@@ -45,6 +46,9 @@ from sdpo_lightning.run_lock import RunLock
 from sdpo_lightning.run_state import close_stage, is_complete, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
 from sdpo_lightning.self_check import compare_logps, stop_if
+from sdpo_lightning.stage_judge import JudgedStages
+from sdpo_lightning.stage_weights import LastOfStage, StageWeights
+from sdpo_lightning.stop_rule import StopRule
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
 
 log = logging.getLogger(__name__)
@@ -53,15 +57,21 @@ log = logging.getLogger(__name__)
 _UNSET_EPOCHS = (None, -1, 1000)
 
 
-class StageTransition(pl.Callback):
-    """Ranks the sources before stage 1 and makes the just-trained weights the new reference at each boundary."""
+class StageTransition(JudgedStages):
+    """Ranks the sources before stage 1 and makes the just-trained weights the new reference at each boundary.
+
+    Args:
+        stop: ends a stage before its plan does, by what its validations say.
+        stage_weights: which weights of a stage become M_t, such as `BestOfStage`; None is the last ones.
+    """
 
     # The first batch of a stage, until its logps are compared.
     _unchecked: PreferenceBatch | None = None
     # Optimizer steps that the reference has been told of.
     _steps_told = 0
 
-    def __init__(self) -> None:
+    def __init__(self, stop: StopRule | None = None, stage_weights: StageWeights | None = None) -> None:
+        super().__init__(stop, stage_weights if stage_weights is not None else LastOfStage())
         self._lock = RunLock()
 
     def should_advance(self, trainer: pl.Trainer, stage: Stage) -> bool:
@@ -97,6 +107,7 @@ class StageTransition(pl.Callback):
         if not trainer.datamodule.val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
+        self.judge.check(trainer)
         if pl_module.fork is not None and trainer.ckpt_path is None:
             from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
         if trainer.datamodule.staging.knows_epochs:
@@ -106,12 +117,13 @@ class StageTransition(pl.Callback):
 
     @staticmethod
     def _set_epochs(trainer: pl.Trainer, total: int) -> None:
-        given = trainer.fit_loop.max_epochs
+        given, planned = trainer.fit_loop.max_epochs, trainer.datamodule.total_epochs()
         if trainer.fast_dev_run:
             return
-        if given not in (*_UNSET_EPOCHS, total):
+        # Where a stage has ended early, the total is below what was planned.
+        if given not in (*_UNSET_EPOCHS, planned, total):
             raise ConfigurationError(
-                f"`trainer.max_epochs` is {given}, but the plan has {total} epochs over all stages; leave it out "
+                f"`trainer.max_epochs` is {given}, but the plan has {planned} epochs over all stages; leave it out "
                 "and set `data.epochs_per_stage`"
             )
         trainer.fit_loop.max_epochs = total
@@ -123,7 +135,7 @@ class StageTransition(pl.Callback):
         set_layout(trainer, pl_module)
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
-            return self._set_epochs(trainer, data.total_epochs())
+            return self._set_epochs(trainer, last_epoch(data.stages()))
         rival = None
         if data.needs_ranking and not trainer.fast_dev_run:
             rival = score_by_reference(trainer, pl_module)
@@ -136,7 +148,8 @@ class StageTransition(pl.Callback):
         """After every restore: take up the plan, and the reference of a stage that is under way."""
         data = trainer.datamodule
         stages = data.stages()
-        self._set_epochs(trainer, data.total_epochs())
+        self._set_epochs(trainer, last_epoch(stages))
+        self.judge.weights.go_on(trainer)
         self._write_curriculum(trainer)
         record, self._steps_told = pl_module.record, trainer.global_step
         if trainer.ckpt_path is not None and leaves_files(trainer):
@@ -196,6 +209,7 @@ class StageTransition(pl.Callback):
         failpoint("after_advance")
         record.entered = stage.index
         pl_module.stage = stage
+        self.judge.begin_stage()
         if pl_module.loss is not None:
             pl_module.loss.start_stage()
         if leaves_files(trainer):
@@ -245,6 +259,7 @@ class StageTransition(pl.Callback):
         if trainer.global_step != self._steps_told:
             self._steps_told = trainer.global_step
             pl_module.reference.after_step(pl_module.policy)
+            self.end_if_due(trainer, pl_module)
 
     @staticmethod
     def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, start: int) -> None:
@@ -314,6 +329,7 @@ class StageTransition(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside of `fit`: load the reference that belongs to the policy's stage."""
+        super().on_validation_start(trainer, pl_module)
         self._prepare_evaluation(trainer, pl_module, trainer.datamodule.val_ids())
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

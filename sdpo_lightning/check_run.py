@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.adapters import LoraSettings
 from sdpo_lightning.check_report import pair_lines, source_lines, stage_lines
+from sdpo_lightning.check_stages import judged_lines, loss_lines
 from sdpo_lightning.checks import check_links, check_vocabulary
 from sdpo_lightning.data.collate import PairTokenizer
 from sdpo_lightning.data.datamodule import CurriculumDataModule
@@ -217,7 +218,11 @@ def _describe(
     found += survey(parts, reports, module.on_val_overlap)
     stages = _tried(found, lambda: _stages(config, module, reports, store))
     ordered = not module.staging.needs_ranking
-    return found + ([] if stages is None else stage_lines(stages, ordered or len(stages) == 1))
+    if stages is None:
+        return found
+    found += stage_lines(stages, ordered or len(stages) == 1)
+    found += judged_lines(config["trainer"], module.staging, stages, reports)
+    return found + loss_lines(config["model"], module.staging, stages)
 
 
 def _overlap(found: list[Finding], path: str, sources: Sequence[PreferenceSource]) -> list[Finding]:

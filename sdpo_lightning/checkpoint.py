@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save_file_atomically, sweep_checkpoints
 from sdpo_lightning.checkpoint_writes import BackgroundWrites
+from sdpo_lightning.loop_progress import validates_next
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError
@@ -138,6 +139,7 @@ class StageCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
         )
         self._deferred: list[Any] | None = None
+        self._awaits_validation: list[Any] | None = None
         self._deferred_validation = False
         self._step = 0
         self._between_steps = False
@@ -259,7 +261,10 @@ class StageCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, unless the epoch ends here; never between the micro-batches of a step: their gradient isn't saved."""
+        """Save, unless the epoch ends here; never between the micro-batches of a step: their gradient isn't saved.
+
+        Where a validation follows, after it: a run that goes on doesn't make up for it.
+        """
         if trainer.is_last_batch:
             self._deferred = [outputs, batch, batch_idx]
             return
@@ -267,17 +272,29 @@ class StageCheckpoint(ModelCheckpoint):
         if not self._between_steps:
             return
         self._step = trainer.global_step
+        if validates_next(trainer.fit_loop):
+            self._awaits_validation = [outputs, batch, batch_idx]
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps, False)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, unless the epoch ends here; also where a callback stops the run by what was measured."""
+        awaiting, self._awaits_validation = self._awaits_validation, None
         if trainer.state.fn == "fit" and trainer.is_last_batch:
+            # A stage may end here by what was measured.
+            self._deferred = awaiting or self._deferred
             self._deferred_validation = True
             return
+        if awaiting is not None:
+            super().on_train_batch_end(trainer, pl_module, *awaiting)
         super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            return
         unsaved = self._last_global_step_saved != trainer.global_step and self._between_steps
-        if trainer.state.fn == "fit" and trainer.should_stop and unsaved:
+        if awaiting is not None:
+            self._after_step(trainer, trainer.should_stop or trainer.global_step == trainer.max_steps, False)
+        elif trainer.should_stop and unsaved:
             self._after_step(trainer, True, False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -42,7 +42,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "GradientAccumulationScheduler would change the steps of a stage while it runs; use "
             "`trainer.accumulate_grad_batches`"
         )
-    interval = trainer.val_check_interval
+    # Of an interval of time Lightning sets no other.
+    interval = None if trainer._val_check_time_interval is not None else trainer.val_check_interval
     validates = trainer.datamodule.val_names and trainer.limit_val_batches and not trainer.fast_dev_run
     if isinstance(interval, int) and validates and trainer.limit_train_batches:
         shortest = trainer.datamodule.shortest_epoch()

@@ -120,6 +120,8 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
         raise ConfigurationError(f"`--from-stage` is {fork.from_stage}, but the plan has {len(stages)} stages")
     finished = stages[: fork.from_stage - 1]
     ledger, states = from_first_rank(lambda: _adopted_ledger(trainer, pl_module, fork, finished))
+    trainer.datamodule.take_ends({entry.index: entry.end for entry in ledger.stages if entry.end is not None})
+    finished = trainer.datamodule.stages()[: fork.from_stage - 1]
     record, last = pl_module.record, ledger.stages[-1].output
     if pl_module.lora is not None:
         from_first_rank(lambda: check_adapter(pl_module.policy.model, Path(last.folder)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdpo_lightning.data.curriculum import compare_plans
+from sdpo_lightning.data.endings import StageEnd
 from sdpo_lightning.files import file_digest, write_json
 from sdpo_lightning.types import ResumeError, StageRecord
 
@@ -66,6 +67,7 @@ class LedgerStage:
         output: M_t, once the stage is done.
         status: `open` before that, then `done`.
         steps: optimizer steps of the run up to the stage's end, once it is done.
+        end: where a stop rule ended it; None where its plan was finished, or isn't yet.
     """
 
     index: int
@@ -77,6 +79,7 @@ class LedgerStage:
     output: Weights | None = None
     status: Literal["open", "done"] = "open"
     steps: int = 0
+    end: StageEnd | None = None
 
 
 @dataclass
@@ -116,9 +119,10 @@ class Ledger:
             stages, parent = content.pop("stages"), content.pop("parent", None)
             ledger = cls(**content, parent=None if parent is None else Parent(**parent))
             for row in stages:
-                reference, output = row.pop("reference"), row.pop("output")
+                reference, output, end = row.pop("reference"), row.pop("output"), row.pop("end", None)
                 made = None if output is None else Weights(**output)
-                ledger.stages.append(LedgerStage(**row, reference=Weights(**reference), output=made))
+                ended = None if end is None else StageEnd.of_row(end)
+                ledger.stages.append(LedgerStage(**row, reference=Weights(**reference), output=made, end=ended))
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{path} is damaged ({error}); restore it, or start a run in another folder") from error
         return ledger
@@ -189,7 +193,7 @@ class Ledger:
             if stage.output is not None and stage.output.folder is not None:
                 folder = run_dir / stage.output.folder
                 moved += [path.name for path in (folder, Path(f"{folder}-merged")) if set_aside(run_dir, path)]
-            stage.output, stage.status = None, "open"
+            stage.output, stage.status, stage.end = None, "open", None
         del self.stages[entered:]
         return moved
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from sdpo_lightning.check_report import source_lines
+from sdpo_lightning.data.endings import pairs_trained
 from sdpo_lightning.files import MetricsFile, write_json
 from sdpo_lightning.metrics import PreferenceMetrics
 from sdpo_lightning.types import PreferenceBatch, Stage
@@ -66,7 +67,7 @@ class MetricsLog(pl.Callback):
         if trainer.ckpt_path is None:
             # Of a fork its parent's.
             adopted = trainer.datamodule.stages()[: pl_module.record.entered]
-            self.pairs_seen = float(sum(stage.epochs * len(stage.pair_ids) for stage in adopted))
+            self.pairs_seen = float(pairs_trained(adopted, trainer.datamodule.ends))
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
         if trainer.is_global_zero and not trainer.fast_dev_run:

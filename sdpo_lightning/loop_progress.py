@@ -45,6 +45,16 @@ def go_by_epochs_(fit_loop: Any) -> None:
     fit_loop._iteration_based_training = lambda: False
 
 
+def end_pass_(fit_loop: Any) -> None:
+    """Have Lightning's loop take the micro-batch under way for the last one of its epoch."""
+    fit_loop.epoch_loop.batch_progress.is_last_batch = True
+
+
+def validates_next(fit_loop: Any) -> bool:
+    """Whether a validation follows the micro-batch that has just been trained on."""
+    return bool(fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher))
+
+
 def rescale_(fit_loop: dict[str, Any], before: int, now: int) -> None:
     """Count the place within an unfinished epoch by another accumulation, in place.
 

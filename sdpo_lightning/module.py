@@ -46,6 +46,7 @@ from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
+from sdpo_lightning.stage_judge import judge_settings
 from sdpo_lightning.stage_models import StageEvaluation, StageSamples
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
@@ -151,7 +152,7 @@ class DPOLitModule(HeldOutPairs):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            check_stage_losses(self.loss, self.trainer.datamodule.staging.stage_settings)
+            check_stage_losses(self.loss, self.trainer.datamodule.staging)
             load_external(self)
             self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
@@ -212,7 +213,7 @@ class DPOLitModule(HeldOutPairs):
 
     def settings(self) -> dict[str, Any]:
         """Plain values that a resumed run must agree on. Override to add those of an own loss."""
-        return super().settings() | self.reference.settings() | {
+        return super().settings() | self.reference.settings() | judge_settings(self.trainer) | {
             "model.loss": None if self.loss is None else self.loss.settings(),
             "model.logps": self.logps.settings(),
             "model.router_aux_loss": self.router_aux_loss,
@@ -232,7 +233,7 @@ class DPOLitModule(HeldOutPairs):
     def preference_loss(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Losses `[B]`, unreduced. Override to change the loss."""
         # A stage may have a label smoothing of its own.
-        loss = SigmoidLoss(self.label_smoothing) if self.loss is None else self.loss
+        loss = SigmoidLoss(self.label_smoothing) if self.loss is None else self.loss.of_stage(*self.stage_place())
         return loss(policy, reference, self.beta)
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Beta isn't among the settings: it is `model.beta` for all, so that rewards in th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -66,6 +66,23 @@ class PreferenceLoss(ABC):
         """Plain values that a resumed run must agree on."""
         given = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
         return {"class": _name(self), **given}
+
+    def of_stage(self, index: int, name: str) -> PreferenceLoss:
+        """The loss of one stage; most are the same in all.
+
+        Args:
+            index: of the stage, from 1.
+            name: of the stage.
+        """
+        return self
+
+    def check_stages(self, names: Sequence[str], mergeable: Sequence[str]) -> None:  # noqa: B027
+        """Refuse what doesn't go with the run's stages.
+
+        Args:
+            names: of the stages, in whatever order.
+            mergeable: sources whose stages may be joined under names like `a+b`.
+        """
 
     def start_stage(self) -> None:  # noqa: B027
         """Forget what was gathered in the stage before."""

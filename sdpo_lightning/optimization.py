@@ -82,6 +82,12 @@ class StageOptimization(pl.LightningModule):
         stage = self.stage or self.evaluated
         return StageSettings() if stage is None else stage.settings
 
+    def stage_place(self) -> tuple[int, str]:
+        """Index and name of the stage under way, or of the one that the weights are of."""
+        stage = self.stage or self.evaluated
+        index = 1 if stage is None else stage.index
+        return index, self.trainer.datamodule.name_of(index)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """A fresh optimizer and schedule; called again at each stage boundary.
 

@@ -90,6 +90,7 @@ def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage
             # For forks, which begin here.
             write_random_states(states_path(run_dir(trainer), stage.index), states)
             entry.output, entry.status, entry.steps = output, "done", trainer.global_step
+            entry.end = trainer.datamodule.ends.get(stage.index)
             ledger.write(run_dir(trainer))
 
     from_first_rank(commit)

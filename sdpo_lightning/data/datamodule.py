@@ -19,6 +19,7 @@ from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairToke
 from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
+from sdpo_lightning.data.endings import StageEnd, with_ends
 from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.pacing import Pacing
 from sdpo_lightning.data.pair_lists import PairLists
@@ -138,6 +139,8 @@ class CurriculumDataModule(PairLists):
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
+        # Index of a stage -> where a stop rule ended it; see `take_ends`.
+        self.ends: dict[int, StageEnd] = {}
         # Score the sources even where the order doesn't depend on it.
         self.ranking_requested = False
         check_difficulty(difficulty)
@@ -225,16 +228,31 @@ class CurriculumDataModule(PairLists):
         if self._planned is None or self._planned[0] is not self._chunks or self._planned[1] != key:
             passes.check_layout(self._layout_before)
             passes.log_long_pairs([i for chunk in self._chunks for i in chunk.pair_ids])
-            self._planned = self._chunks, key, plan_stages(self._chunks, self.staging, passes)
+            planned = plan_stages(self._chunks, self.staging, passes)
+            self._planned = self._chunks, key, with_ends(planned, self.ends)
         return self._planned[2]
+
+    def end_stage(self, stage: Stage, batches: int, reason: str) -> None:
+        """End a stage after so many micro-batches of the current epoch; the plan follows."""
+        assert self.trainer is not None
+        passes, epoch = self._passes(self.collator).under(stage.settings), self.trainer.current_epoch
+        self.take_ends(self.ends | {stage.index: passes.end(stage, epoch - stage.first_epoch, batches, reason)})
+
+    def take_ends(self, ends: Mapping[int, StageEnd]) -> None:
+        """Where stages have ended before their plan did."""
+        self.ends, self._planned = dict(ends), None
 
     def settings_of(self, index: int) -> StageSettings:
         """What the stage at that place has to itself; nothing before the chunks are decided."""
         names = [chunk.name for chunk in self._chunks or ()]
         return self.staging.settings(names)[index - 1] if names else StageSettings()
 
+    def name_of(self, index: int) -> str:
+        """Name of the stage at that place; empty before the chunks are decided."""
+        return self._chunks[index - 1].name if self._chunks else ""
+
     def total_epochs(self) -> int:
-        """Epochs of the whole plan; see `Staging.knows_epochs`."""
+        """Epochs of the whole plan, as if no stage had ended early; see `Staging.knows_epochs`."""
         chunks = self._chunks
         return sum(self.staging.epochs(self.staging.names() if chunks is None else [c.name for c in chunks]))
 
@@ -301,6 +319,7 @@ class CurriculumDataModule(PairLists):
             "plan": plan.values(),
             "rows": dict(plan.rows),
             "accepted": list(self.accepted),
+            "ends": {index: end.row() for index, end in self.ends.items()},
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
@@ -334,6 +353,7 @@ class CurriculumDataModule(PairLists):
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
         self._decided, self._decisions = state_dict.get("decided", 0), list(state_dict.get("decisions", []))
+        self.take_ends({index: StageEnd.of_row(row) for index, row in state_dict.get("ends", {}).items()})
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._layout_before = state_dict["layout"]
             self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)

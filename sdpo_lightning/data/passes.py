@@ -13,6 +13,7 @@ import numpy as np
 from sdpo_lightning.data.batching import check_batching, fewest_runs
 from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.curriculum import stage_plan, steps_per_epoch
+from sdpo_lightning.data.endings import StageEnd
 from sdpo_lightning.data.loader import PairStore, StageLoader, bucketed_order, epoch_order, paced_order, row_limit
 from sdpo_lightning.data.pacing import Pacing, check_pacing
 from sdpo_lightning.data.staging import Staging
@@ -149,6 +150,20 @@ class Passes:
         if self.batching.batch_tokens is None or not self.batching.shuffle:
             return [self._loader(chunk.pair_ids, self.accumulate, self.limit).num_steps] * epochs
         return [self.training(chunk, epoch).num_steps for epoch in range(epochs)]
+
+    def end(self, stage: Stage, epoch: int, batches: int, reason: str) -> StageEnd:
+        """Where a stage ends that goes no further.
+
+        Args:
+            stage: under way.
+            epoch: within the stage.
+            batches: micro-batches a rank of that pass that were taken.
+            reason: in words.
+        """
+        taken = [run for before in range(epoch) for run in self.training(stage, before).run_ids()]
+        taken += self.training(stage, epoch).run_ids()[: batches * self.world_size]
+        steps = (*stage.epoch_steps[:epoch], -(-batches // self.accumulate))
+        return StageEnd(steps, sum(len(run) for run in taken), reason)
 
     def fewest_batches(self, ids: Sequence[int], size: int) -> int:
         """Micro-batches a rank that no `size` of the pairs go below, in whatever order.

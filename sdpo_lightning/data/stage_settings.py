@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from sdpo_lightning.types import ConfigurationError, StageSettings
+
+Value = TypeVar("Value")
 
 # Field -> what it may be, in words and as a test.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -40,12 +42,46 @@ def settings_of(given: Mapping[str, StageSettings], index: int, name: str) -> St
     Returns:
         What is given for the name, else for the place, else for "*"; None where the run's own value stands.
     """
-    layers = [given[key] for key in (name, str(index), "*") if key in given]
-    found = {}
+    layers, found = layers_of(given, index, name), {}
     for field in fields(StageSettings):
         values = (getattr(layer, field.name) for layer in layers)
         found[field.name] = next((value for value in values if value is not None), None)
     return StageSettings(**found)
+
+
+def layers_of(given: Mapping[str, Value], index: int, name: str) -> list[Value]:
+    """What is given for a stage, the most particular first.
+
+    Args:
+        given: its keys are names, places in the training order as text, and "*".
+        index: place of the stage, from 1.
+        name: of the stage.
+    """
+    return [given[key] for key in (name, str(index), "*") if key in given]
+
+
+def check_stage_keys(setting: str, keys: Sequence[str], names: Sequence[str], mergeable: Sequence[str]) -> None:
+    """Check keys that stand for stages.
+
+    Args:
+        setting: that has them.
+        keys: names, places or "*".
+        names: of the stages, in whatever order.
+        mergeable: sources whose stages may be joined under names like `a+b`.
+
+    Raises:
+        ConfigurationError: a key that is no stage, or may be two.
+    """
+    places = [str(index) for index in range(1, len(names) + 1)]
+    for key in keys:
+        where = f"`{setting}[{key}]`"
+        if key in names and key in places:
+            raise ConfigurationError(f"{where}: {key!r} is the name of a stage and a place; rename the source")
+        if key not in (*names, *places, "*") and not set(key.split("+")) <= set(mergeable):
+            close = get_close_matches(key, names, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            expected = f"one of {list(names)}, a place from '1' to '{len(names)}', or '*'"
+            raise ConfigurationError(f"{where}: no stage is called {key!r}{hint}; expected {expected}")
 
 
 def check_stage_settings(
@@ -62,16 +98,9 @@ def check_stage_settings(
     Raises:
         ConfigurationError: a key that is no stage, a number outside its range, or one without a meaning.
     """
-    places = [str(index) for index in range(1, len(names) + 1)]
+    check_stage_keys("data.stage_settings", list(given), names, mergeable)
     for key, settings in given.items():
         where = f"`data.stage_settings[{key}]`"
-        if key in names and key in places:
-            raise ConfigurationError(f"{where}: {key!r} is the name of a stage and a place; rename the source")
-        if key not in (*names, *places, "*") and not set(key.split("+")) <= set(mergeable):
-            close = get_close_matches(key, names, 1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            expected = f"one of {list(names)}, a place from '1' to '{len(names)}', or '*'"
-            raise ConfigurationError(f"{where}: no stage is called {key!r}{hint}; expected {expected}")
         for field, (words, fits) in _RANGES.items():
             value = getattr(settings, field)
             if value is not None and not fits(value):
