@@ -88,7 +88,7 @@ class Generator(ABC):
             OSError: the model can't be reached, or has failed.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Free memory and processes. It may be used again."""
 
     def __enter__(self) -> Self:

@@ -59,8 +59,8 @@ class OpenAIGenerator(Generator):
             raise ConfigurationError(f"the endpoint is {hide_in_text(url)!r}, expected http://... or https://...")
         if parts.username or parts.password or parts.query:
             raise ConfigurationError(
-                "the endpoint's address has a user, a password or a query in it, which would stand in records; name the "
-                "environment variable of a key instead"
+                "the endpoint's address has a user, a password or a query in it, which would stand in records; name "
+                "the environment variable of a key instead"
             )
         if timeout <= 0 or retries < 0 or wait < 0 or parallel < 1:
             raise ConfigurationError(

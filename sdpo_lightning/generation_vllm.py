@@ -59,8 +59,8 @@ class VLLMGenerator(Generator):
             raise ConfigurationError(f"`python` of VLLMSettings: {error}") from error
         if code:
             raise ConfigurationError(
-                f"vLLM isn't installed for {self._python}: `pip install 'sdpo-lightning[vllm]'`, or name the interpreter "
-                "of an environment that has it in `python` of VLLMSettings, or generate by transformers"
+                f"vLLM isn't installed for {self._python}: `pip install 'sdpo-lightning[vllm]'`, or name the "
+                "interpreter of an environment that has it in `python` of VLLMSettings, or generate by transformers"
             )
 
     @property

@@ -76,9 +76,7 @@ def test_greedy_answers_are_argmax_token_by_token(model, tiny_tokenizer):
     ends = {tiny_tokenizer.eos_token_id}
     expected = [greedy_by_hand(model, row, 6, ends) for row in ids]
     assert [len(row) for row in found] == [1, 1, 1]
-    assert [row[0].text for row in found] == [
-        tiny_tokenizer.decode(row, skip_special_tokens=True) for row in expected
-    ]
+    assert [row[0].text for row in found] == [tiny_tokenizer.decode(row, skip_special_tokens=True) for row in expected]
     assert [row[0].finished for row in found] == [len(row) < 6 for row in expected]
     assert len({row[0].text for row in found}) > 1
 
