@@ -120,7 +120,7 @@ class Figure:
     value: float
     standard_error: float | None
     documents: int
-    task_version: Any
+    task_version: str
     max_length: int
 
 
@@ -242,7 +242,7 @@ def read_figure(results: Mapping[str, Any], measure: Measure, max_length: int) -
         measure.scale * value,
         measure.scale * error if isinstance(error, int | float) and math.isfinite(error) else None,
         sum(results["n-samples"][task]["effective"] for task in leaves),
-        results["versions"].get(measure.task),
+        str(results["versions"].get(measure.task)),
         max_length,
     )
 
