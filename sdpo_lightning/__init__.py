@@ -33,6 +33,8 @@ _HOMES = {
     "PreferenceBatch": "types",
     "PairLogps": "types",
     "Partition": "data.partitions",
+    "PairSource": "data.new_pairs",
+    "SampledPairs": "data.new_pairs",
     "Chunk": "types",
     "Stage": "types",
     "StageSettings": "types",

@@ -53,7 +53,7 @@ class Answer:
     """What a model said.
 
     Attributes:
-        text: without special tokens.
+        text: without special tokens; of a text prompt its continuation, so perhaps with a space in front.
         finished: the model ended it; else `max_new_tokens` cut it off.
     """
 

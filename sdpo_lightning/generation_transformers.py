@@ -63,14 +63,16 @@ class TransformersGenerator(Generator):
         with self._quiet(sampling.seed):
             for start in range(0, len(places), self._batch_size):
                 part = places[start : start + self._batch_size]
-                for place, answer in zip(part, self._answers([ids[p] for p in part], sampling), strict=True):
-                    found[place].append(answer)
+                for place, row in zip(part, self._rows([ids[p] for p in part], sampling), strict=True):
+                    found[place].append(self._read(prompts[place], ids[place], row))
         return found
 
     @contextmanager
     def _quiet(self, seed: int) -> Iterator[None]:
         """Eval mode and draws of their own; all as before afterwards."""
-        device, was_training = self._model.device, self._model.training
+        device = self._model.device
+        # Some may be in eval mode within a model in training.
+        in_training = [module for module in self._model.modules() if module.training]
         self._model.eval()
         devices = [device] if device.type == "cuda" else []
         try:
@@ -78,9 +80,10 @@ class TransformersGenerator(Generator):
                 torch.manual_seed(seed)
                 yield
         finally:
-            self._model.train(was_training)
+            for module in in_training:
+                module.training = True
 
-    def _answers(self, ids: list[list[int]], sampling: Sampling) -> list[Answer]:
+    def _rows(self, ids: list[list[int]], sampling: Sampling) -> list[list[int]]:
         width, device = max(len(row) for row in ids), self._model.device
         ends = self._ends()
         pad = self._tokenizer.pad_token_id
@@ -96,7 +99,7 @@ class TransformersGenerator(Generator):
             **(drawn if sampling.temperature else {}),
         )
         found = self._model.generate(input_ids=rows, attention_mask=mask, generation_config=settings)
-        return [self._read(row, set(ends)) for row in found[:, width:].tolist()]
+        return found[:, width:].tolist()
 
     def _ends(self) -> list[int]:
         ends = self._model.generation_config.eos_token_id
@@ -110,10 +113,14 @@ class TransformersGenerator(Generator):
             raise ConfigurationError(f"a prompt has {width} tokens, and {self._name} takes {most} with the answer")
         return min(wanted, most - width)
 
-    def _read(self, row: list[int], ends: set[int]) -> Answer:
+    def _read(self, prompt: Prompt, ids: list[int], row: list[int]) -> Answer:
+        ends = set(self._ends())
         end = next((place for place, token in enumerate(row) if token in ends), None)
-        text = self._tokenizer.decode(row[:end], skip_special_tokens=True)
-        return Answer(text, end is not None)
+        if not isinstance(prompt, str):
+            return Answer(self._tokenizer.decode(row[:end], skip_special_tokens=True), end is not None)
+        # As a continuation: some tokenizers drop the space in front of what is decoded alone.
+        before, whole = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids + row[:end]))
+        return Answer(whole.removeprefix(before), end is not None)
 
 
 class FolderGenerator(Generator):

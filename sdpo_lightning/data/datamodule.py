@@ -20,6 +20,9 @@ from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.made_pairs import MadePairs
+from sdpo_lightning.data.new_pairs import PairSource
+from sdpo_lightning.data.pair_ids import PairIds
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
@@ -34,7 +37,7 @@ from sdpo_lightning.ranks import from_first_rank, side_by_side
 from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
-class CurriculumDataModule(pl.LightningDataModule):
+class CurriculumDataModule(PairIds, pl.LightningDataModule):
     """Preference sources as the stages of stepwise DPO (arXiv 2403.19270, section 3.2).
 
     Args:
@@ -66,11 +69,15 @@ class CurriculumDataModule(pl.LightningDataModule):
         val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
         tokenizer: folder or hub name; default: the model's.
         num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
+        pair_sources: a stage each, behind all others, whose pairs M_{t-1} helps to make just before it.
 
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
     """
 
+    # Score the sources even where the order doesn't depend on it.
+    ranking_requested = False
+    _chunks: list[Chunk] | None = None
     _row_hashes: dict[str, Tensor] | None = None
     _planned: tuple[list[Chunk], Any, list[Stage]] | None = None
     _layout_before: str | None = None
@@ -102,13 +109,16 @@ class CurriculumDataModule(pl.LightningDataModule):
         val_fraction: float = 0.0,
         tokenizer: str | None = None,
         num_proc: int | None = None,
+        pair_sources: list[PairSource] | None = None,
     ) -> None:
         super().__init__()
         self.sources = sources
         names = [source.name for source in sources]
         groups = stages or [[name] for name in names]
         own = stage_settings or {}
-        self.staging = Staging(names, groups, partition, order, merge_ties, epochs_per_stage, own, seed)
+        self.made = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
+        cuts = (partition, order, merge_ties, epochs_per_stage, own, seed)
+        self.staging = Staging(names, groups, *cuts, self.made.names)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.difficulty_reference = difficulty_reference
@@ -128,9 +138,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
-        self._chunks: list[Chunk] | None = None
-        # Score the sources even where the order doesn't depend on it.
-        self.ranking_requested = False
         check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_limit)
@@ -144,11 +151,12 @@ class CurriculumDataModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None, "`setup` runs within a Trainer"
         find_difficulty(self.difficulty)
+        self.made.check(trainer)
         model = trainer.lightning_module.model_name_or_path
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
-        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
+        self._how = how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
         reports, parts = prepare_sources(self.sources, how)
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
@@ -188,7 +196,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         scores: dict[str, Tensor] = {}
         if m0 is not None:
             scores = rank_sources(list(self.reports.values()), self.rank_limit, self.pair_scores, m0, reference)
-        self._chunks = self.partition(scores)
+        self._chunks = self.partition(scores) + self.made.chunks()
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
         """Cut the pairs into chunks, easiest first. Override to cut otherwise.
@@ -229,11 +237,8 @@ class CurriculumDataModule(pl.LightningDataModule):
         largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
         collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
         passes = self._passes(collator).under(largest)
-        pools = self.staging.pools(self._chunk_ids())
+        pools = self.staging.pools(self._chunk_ids()) + [([], len(chunk.pair_ids)) for chunk in self.made.chunks()]
         return min(passes.fewest_batches(pool, size) for pool, size in pools)
-
-    def _chunk_ids(self) -> dict[str, list[int]]:
-        return {name: report.chunk_ids for name, report in self.reports.items()}
 
     def curriculum(self) -> dict[str, Any]:
         """What `curriculum.json` holds: the order, the sources and the stages."""
@@ -250,6 +255,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         """The loader of the Trainer's current epoch."""
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
+        self.made.provide(self.trainer, self.stages(), stage, self._how)
         epoch = self.trainer.current_epoch - stage.first_epoch
         return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 
@@ -283,23 +289,6 @@ class CurriculumDataModule(pl.LightningDataModule):
         weights = {index: source.weight for index, source in enumerate(self.sources)}
         return Passes.of(self.trainer, self.store, collator, self.batching, weights)
 
-    @property
-    def val_names(self) -> list[str]:
-        """Sources with held-out pairs."""
-        return [name for name, report in self.reports.items() if report.val_ids]
-
-    def train_ids(self, limit: int | None = None) -> list[int]:
-        """Training pairs, source after source, at most `limit` of each."""
-        return [i for report in self.reports.values() for i in report.train_ids[:limit]]
-
-    def val_ids(self) -> list[int]:
-        """Held-out pairs, source after source."""
-        return [i for report in self.reports.values() for i in report.val_ids]
-
-    def source_of(self, pair_id: int) -> str:
-        """Name of the source of a pair."""
-        return self.sources[pair_id >> 40].name
-
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,6 +299,7 @@ class CurriculumDataModule(pl.LightningDataModule):
             "plan": plan.values(),
             "rows": dict(plan.rows),
             "accepted": list(self.accepted),
+            "made": self.made.begun([chunk.name for chunk in chunks[: self.trainer.lightning_module.record.entered]]),
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
@@ -324,9 +314,10 @@ class CurriculumDataModule(pl.LightningDataModule):
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
             "data.on_long_prompt": self.on_long_prompt,
+            "data.pair_sources": self.made.settings(),
             **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
         }
-        own = type(self).partition is CurriculumDataModule.partition
+        own = type(self).partition is CurriculumDataModule.partition and not self.made.sources
         by_group = own and self.staging.partition == "by_source" and not self.staging.merge_ties
         rule, groups = self.on_changed_rows, self.staging.groups
         return DataPlan(self._row_hashes, settings, groups, by_group, rule, self.accepted)
@@ -340,6 +331,7 @@ class CurriculumDataModule(pl.LightningDataModule):
         names, ids = state_dict["chunk_names"], state_dict["chunk_ids"]
         self._chunks = [Chunk(name, part.tolist()) for name, part in zip(names, ids, strict=True)]
         self.source_order = list(state_dict["source_order"])
+        self.made.go_on(state_dict.get("made", {}))
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._layout_before = state_dict["layout"]
             self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)

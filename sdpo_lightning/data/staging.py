@@ -37,6 +37,7 @@ class Staging:
         epochs_per_stage: passes over a chunk, or a map of stage name -> passes.
         stage_settings: name, place or "*" -> settings of those stages.
         seed: of the cuts.
+        made: names of the stages after all others, whose pairs are made just before them.
 
     Raises:
         ConfigurationError: names that don't fit together.
@@ -50,6 +51,7 @@ class Staging:
     epochs_per_stage: int | Mapping[str, int]
     stage_settings: Mapping[str, StageSettings]
     seed: int
+    made: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_groups(self.sources, self.groups, "pooled" if self.partition == "pooled" else "by_source")
@@ -63,8 +65,8 @@ class Staging:
     def names(self) -> list[str]:
         """Of the stages in whatever order they will run, unless ties are merged."""
         if isinstance(self.partition, Partition):
-            return self.partition.names(self.groups)
-        return stage_names(self.partition, self.groups)
+            return [*self.partition.names(self.groups), *self.made]
+        return [*stage_names(self.partition, self.groups), *self.made]
 
     @property
     def needs_ranking(self) -> bool:
