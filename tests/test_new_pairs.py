@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import WORDS, make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sdpo_lightning import CachedReference, PairSource, PreferenceSource, SampledPairs, StageCheckpoint
 from sdpo_lightning.backbone import load_policy, weights_digest
@@ -56,9 +56,8 @@ def answers(*texts: str) -> list[Answer]:
 
 
 def sampled(prompts: Path, **given) -> SampledPairs:
-    # The random model ends an answer at one token of 67 or so.
     default = {"name": "new", "num_pairs": 4, "prompts": str(prompts), "scorer": "test_new_pairs.by_words"}
-    return SampledPairs(**default | {"answers": 4, "max_new_tokens": 40} | given)
+    return SampledPairs(**default | {"answers": 4, "max_new_tokens": 6} | given)
 
 
 # ---- rows
@@ -115,6 +114,15 @@ def test_prompts_and_scorers_that_cannot_be_used_are_named(tmp_path):
 # ---- in a run
 
 
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir, tiny_tokenizer, tmp_path_factory) -> Path:
+    """The tiny model, which also ends an answer at the words w20 ... w59: most are whole within six tokens."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("ending") / "tiny")
+    ends = [tiny_tokenizer.eos_token_id, *tiny_tokenizer.convert_tokens_to_ids(WORDS[20:])]
+    GenerationConfig(eos_token_id=ends, pad_token_id=tiny_tokenizer.pad_token_id).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def prompts(tmp_path) -> Path:
     return write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
@@ -129,12 +137,10 @@ def rows_of(run: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (run / "new_pairs" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_a_stage_trains_on_pairs_that_the_model_before_it_made(
-    tmp_path, tiny_model_dir, tiny_tokenizer, sources, prompts
-):
+def test_a_stage_trains_on_pairs_that_the_model_before_it_made(tmp_path, model_dir, tiny_tokenizer, sources, prompts):
     made = [sampled(prompts, name="first"), sampled(prompts, name="second", num_pairs=3, seed=1)]
     run = tmp_path / "run"
-    fit(run, tiny_model_dir, sources, pair_sources=made, epochs_per_stage={"first": 2, "*": 1})
+    fit(run, model_dir, sources, pair_sources=made, epochs_per_stage={"first": 2, "*": 1})
     ledger = json.loads((run / "ledger.json").read_text())
     assert [(stage["name"], stage["pairs"]) for stage in ledger["stages"]] == [("a", 6), ("first", 4), ("second", 3)]
     # 6 / 2 + 2 x 4 / 2 + 2 steps; ln 2 at the first step of each stage: the reference is the policy.
@@ -157,24 +163,24 @@ def test_a_stage_trains_on_pairs_that_the_model_before_it_made(
     assert "first (`made with the model before`)" in card.read_text()
 
 
-def test_making_pairs_changes_no_bit_of_other_training(tmp_path, tiny_model_dir, sources, prompts):
+def test_making_pairs_changes_no_bit_of_other_training(tmp_path, model_dir, sources, prompts):
     """The rows, given beforehand as a file, train the same model: random states are untouched, and so is the order."""
-    fit(tmp_path / "made", tiny_model_dir, sources, pair_sources=[sampled(prompts)])
+    fit(tmp_path / "made", model_dir, sources, pair_sources=[sampled(prompts)])
     path = write_jsonl(tmp_path / "new.jsonl", rows_of(tmp_path / "made", "02-new")[:4])
-    fit(tmp_path / "given", tiny_model_dir, [*sources, PreferenceSource("new", str(path))])
+    fit(tmp_path / "given", model_dir, [*sources, PreferenceSource("new", str(path))])
     assert losses(tmp_path / "made") == losses(tmp_path / "given")
     assert_same_weights(tmp_path / "made" / "stages" / "02-new", tmp_path / "given" / "stages" / "02-new")
 
 
-@pytest.mark.parametrize("reference", [None, CachedReference()], ids=["resident", "cached"])
-def test_every_checkpoint_goes_on_to_the_same_weights(
-    tmp_path, tiny_model_dir, sources, prompts, reference, monkeypatch
-):
+@pytest.mark.parametrize(
+    "reference", [None, pytest.param(CachedReference(), marks=pytest.mark.slow)], ids=["resident", "cached"]
+)
+def test_every_checkpoint_goes_on_to_the_same_weights(tmp_path, model_dir, sources, prompts, reference, monkeypatch):
     made = [sampled(prompts), sampled(prompts, name="last", num_pairs=2)]
     whole = tmp_path / "whole"
     given = {"pair_sources": made, "reference": reference}
     every = StageCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit(whole, tiny_model_dir, sources, callbacks=[every], **given)
+    fit(whole, model_dir, sources, callbacks=[every], **given)
     checkpoints = sorted(whole.glob("checkpoints/*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     # 3 + 2 + 1 steps; 3 and 5 are ends of stages, before the pairs of the next one are made.
     assert [path.stem for path in checkpoints] == [f"step={n}" for n in range(1, 7)]
@@ -184,51 +190,51 @@ def test_every_checkpoint_goes_on_to_the_same_weights(
     # Step 3: what was made for M_1 is there and is taken. Step 4 is within stage 2. Step 5: likewise for M_2.
     for step in (3, 4, 5):
         run = shutil.copytree(whole, tmp_path / f"from-{step}")
-        fit(run, tiny_model_dir, sources, ckpt_path=run / "checkpoints" / f"step={step}.ckpt", **given)
+        fit(run, model_dir, sources, ckpt_path=run / "checkpoints" / f"step={step}.ckpt", **given)
         assert_same_weights(whole / "stages" / "03-last", run / "stages" / "03-last")
     assert asked == []
     # Without the files stage 2 is made again from step 3 on, bit for bit.
     run = shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(run / "new_pairs")
-    fit(run, tiny_model_dir, sources, ckpt_path=run / "checkpoints" / "step=3.ckpt", **given)
+    fit(run, model_dir, sources, ckpt_path=run / "checkpoints" / "step=3.ckpt", **given)
     assert asked == [2, 3] and rows_of(run, "02-new") == rows_of(whole, "02-new")
     assert_same_weights(whole / "stages" / "03-last", run / "stages" / "03-last")
 
 
-def test_a_stage_that_has_begun_takes_no_other_rows(tmp_path, tiny_model_dir, sources, prompts):
+def test_a_stage_that_has_begun_takes_no_other_rows(tmp_path, model_dir, sources, prompts):
     run, made = tmp_path / "run", [sampled(prompts)]
     every = StageCheckpoint(every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit(run, tiny_model_dir, sources, callbacks=[every], pair_sources=made)
+    fit(run, model_dir, sources, callbacks=[every], pair_sources=made)
     within = run / "checkpoints" / "step=4.ckpt"
     path = run / "new_pairs" / "02-new.jsonl"
     rows = rows_of(run, "02-new")
     write_jsonl(path, [rows[0] | {"chosen": " w5 w5 w5 w5"}, *rows[1:]])
     with pytest.raises(ResumeError, match="isn't what stage 2 began with"):
-        fit(run, tiny_model_dir, sources, ckpt_path=within, pair_sources=made)
+        fit(run, model_dir, sources, ckpt_path=within, pair_sources=made)
     path.unlink()
     with pytest.raises(ResumeError, match="is gone"):
-        fit(run, tiny_model_dir, sources, ckpt_path=within, pair_sources=made)
+        fit(run, model_dir, sources, ckpt_path=within, pair_sources=made)
     write_jsonl(path, rows)
     for other in ([sampled(prompts, temperature=0.5)], [sampled(prompts, num_pairs=3)], None):
         with pytest.raises(ResumeError, match="data.pair_sources"):
-            fit(run, tiny_model_dir, sources, ckpt_path=within, pair_sources=other)
+            fit(run, model_dir, sources, ckpt_path=within, pair_sources=other)
     # From the end of stage 1 what doesn't fit M_1 any more is set aside, not taken.
     write_jsonl(path, [rows[0] | {"chosen": " w5 w5 w5 w5"}, *rows[1:]])
-    fit(run, tiny_model_dir, sources, ckpt_path=run / "checkpoints" / "step=3.ckpt", pair_sources=made)
+    fit(run, model_dir, sources, ckpt_path=run / "checkpoints" / "step=3.ckpt", pair_sources=made)
     assert rows_of(run, "02-new") == rows and (run / "stale" / "02-new.jsonl").exists()
 
 
-def test_too_few_pairs_are_an_error_or_counted_repeats(tmp_path, tiny_model_dir, sources, prompts, caplog):
+def test_too_few_pairs_are_an_error_or_counted_repeats(tmp_path, model_dir, sources, prompts, caplog):
     short = write_jsonl(tmp_path / "short.jsonl", [{"prompt": text} for text in PROMPTS[:4]])
     with pytest.raises(ConfigurationError, match=r"'new' has \d of the 9 pairs that `num_pairs` declares") as caught:
-        fit(tmp_path / "run", tiny_model_dir, sources, pair_sources=[sampled(short, num_pairs=9)])
+        fit(tmp_path / "run", model_dir, sources, pair_sources=[sampled(short, num_pairs=9)])
     assert "on_few: repeat" in str(caught.value)
     # The same run goes on with the rows that are there, repeated: nothing is sampled twice.
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
     rows = rows_of(tmp_path / "run", "02-new")
     trainer, _ = fit(
         tmp_path / "run",
-        tiny_model_dir,
+        model_dir,
         sources,
         ckpt_path=checkpoint,
         pair_sources=[sampled(short, num_pairs=9, on_few="repeat")],
@@ -240,8 +246,8 @@ def test_too_few_pairs_are_an_error_or_counted_repeats(tmp_path, tiny_model_dir,
         len(texts) == 9 and len(set(texts)) == len(rows) and texts[: len(rows)] == texts[len(rows) : 2 * len(rows)][:9]
     )
     with pytest.raises(ConfigurationError, match=r"0 of the 2 pairs.*[1-4] tie"):
-        nothing = sampled(short, num_pairs=2, scorer="test_new_pairs.all_equal", max_new_tokens=40, on_few="repeat")
-        fit(tmp_path / "none", tiny_model_dir, sources, pair_sources=[nothing])
+        nothing = sampled(short, num_pairs=2, scorer="test_new_pairs.all_equal", on_few="repeat")
+        fit(tmp_path / "none", model_dir, sources, pair_sources=[nothing])
 
 
 @dataclass(frozen=True)
@@ -258,9 +264,9 @@ class Drawn(PairSource):
             yield {"prompt": f"{word} w1", "chosen": f" {word}", "rejected": f" {word}" if same else " w9"}
 
 
-def test_rows_that_cannot_be_trained_on_are_made_up_for(tmp_path, tiny_model_dir, sources, caplog):
+def test_rows_that_cannot_be_trained_on_are_made_up_for(tmp_path, model_dir, sources, caplog):
     run = tmp_path / "run"
-    trainer, module = fit(run, tiny_model_dir, sources, pair_sources=[Drawn("own", 5)])
+    trainer, module = fit(run, model_dir, sources, pair_sources=[Drawn("own", 5)])
     # Of w0 ... w9 every third is twice the same answer, and dropped: w1 w2 w4 w5 w7 are the first five.
     assert [row["prompt"].split()[0] for row in rows_of(run, "02-own")] == [f"w{n}" for n in range(8)]
     assert "rows dropped: 3 identical" in caplog.text
@@ -282,7 +288,7 @@ def test_rows_that_cannot_be_trained_on_are_made_up_for(tmp_path, tiny_model_dir
         ({"reference": CachedFixedReference()}, "don't exist yet"),
     ],
 )
-def test_what_needs_the_pairs_beforehand_is_refused(given, said, tmp_path, tiny_model_dir, sources):
+def test_what_needs_the_pairs_beforehand_is_refused(given, said, tmp_path, model_dir, sources):
     with pytest.raises(ConfigurationError, match=said):
-        fit(tmp_path / "run", tiny_model_dir, sources, **({"pair_sources": [Drawn("own", 2)]} | given))
+        fit(tmp_path / "run", model_dir, sources, **({"pair_sources": [Drawn("own", 2)]} | given))
     assert not list((tmp_path / "run").glob("stages/*"))
