@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import WORDS, make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sdpo_lightning import CachedReference, PairSource, PreferenceSource, SampledPairs, StageCheckpoint
 from sdpo_lightning.backbone import load_policy, weights_digest
-from sdpo_lightning.data.new_pairs import read_prompts
+from sdpo_lightning.cli import main
+from sdpo_lightning.data.made_pairs import MadePairs
+from sdpo_lightning.data.new_pairs import DeclaredPairs, read_pair_sources, read_prompts
 from sdpo_lightning.fixed_reference import CachedFixedReference
 from sdpo_lightning.generation import Answer, Generator, Sampling
 from sdpo_lightning.generation_transformers import TransformersGenerator
@@ -292,3 +295,67 @@ def test_what_needs_the_pairs_beforehand_is_refused(given, said, tmp_path, model
     with pytest.raises(ConfigurationError, match=said):
         fit(tmp_path / "run", model_dir, sources, **({"pair_sources": [Drawn("own", 2)]} | given))
     assert not list((tmp_path / "run").glob("stages/*"))
+
+
+# ---- on the command line
+
+
+def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sources, prompts, capsys):
+    config = {
+        "model": {"model_name_or_path": str(model_dir), "lora": None},
+        "data": {
+            "sources": [{"name": "a", "path": sources[0].path}],
+            "order": "given",
+            "batch_size": 2,
+            "max_length": 64,
+            "epochs_per_stage": {"new": 2, "*": 1},
+            "pair_sources": [
+                {
+                    "class_path": "sdpo_lightning.SampledPairs",
+                    "init_args": {
+                        "name": "new",
+                        "num_pairs": 4,
+                        "prompts": str(prompts),
+                        "scorer": "test_new_pairs.by_words",
+                        "max_new_tokens": 6,
+                    },
+                }
+            ],
+        },
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [{"class_path": "sdpo_lightning.StageSamples", "init_args": {"max_new_tokens": 2}}],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    main(["check", "--config", str(tmp_path / "run.yaml")])
+    said = capsys.readouterr().out
+    # 4 pairs by 2, twice.
+    assert "stage 2 'new': 4 pairs, 2 epochs, 4 optimizer steps" in said
+    assert "the function 'test_new_pairs.by_words': its code will run" in said and "0 errors" in said
+    main(["estimate", "--config", str(tmp_path / "run.yaml")])
+    assert "of pairs that are yet to be made `data.max_length`" in capsys.readouterr().out
+    main(["fit", "--config", str(tmp_path / "run.yaml")])
+    assert len(losses(tmp_path / "run")) == 3 + 4
+    main(["fit", "--config", str(tmp_path / "run.yaml")])
+    assert len(losses(tmp_path / "run")) == 3 + 4
+    config["data"]["pair_sources"][0]["init_args"]["prompts"] = str(tmp_path / "none.jsonl")
+    config["trainer"]["default_root_dir"] = str(tmp_path / "other")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    for verb in ("check", "fit"):
+        with pytest.raises(SystemExit) as caught:
+            main([verb, "--config", str(tmp_path / "run.yaml")])
+        assert caught.value.code == 2 and "none.jsonl" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused():
+    made = MadePairs([Drawn("own", 2)], ["a"], by_tokens=False, on_changed_rows="error")
+    with pytest.raises(ConfigurationError, match="with 2 processes"):
+        made.check_ranks(2)
+    assert made.chunks()[0].pair_ids == [1 << 40, (1 << 40) + 1]
+    own = {"class_path": "mine.Source", "init_args": {"name": "x", "num_pairs": 3, "other": 1}}
+    assert read_pair_sources([own]) == [DeclaredPairs("x", 3)] and read_pair_sources(None) == []
+    with pytest.raises(ConfigurationError, match="mine.Source has no `name`"):
+        read_pair_sources([{"class_path": "mine.Source"}])

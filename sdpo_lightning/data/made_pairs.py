@@ -95,15 +95,26 @@ class MadePairs:
         """Refuse what would end the run later.
 
         Raises:
-            ConfigurationError: several processes, or sources whose files aren't there.
+            ConfigurationError: several processes, sharded weights, or sources whose files aren't there.
         """
-        if self.sources and trainer.world_size > 1:
-            raise ConfigurationError(
-                f"`data.pair_sources` with {trainer.world_size} processes: pairs are made by one process only; use one "
-                "device, or make the pairs beforehand and give them as a source"
-            )
+        self.check_ranks(trainer.world_size)
         if self.sources and sharding_of(trainer.strategy) is not None:
             raise ConfigurationError("`data.pair_sources`: `generate` doesn't run on sharded weights; use one device")
+
+    def check_ranks(self, world_size: int) -> None:
+        """What of it can be seen without a Trainer.
+
+        Args:
+            world_size: processes.
+
+        Raises:
+            ConfigurationError: several, or sources whose files aren't there.
+        """
+        if self.sources and world_size > 1:
+            raise ConfigurationError(
+                f"`data.pair_sources` with {world_size} processes: pairs are made by one process only; use one "
+                "device, or make the pairs beforehand and give them as a source"
+            )
         self.settings()
 
     def begun(self, names: Sequence[str]) -> dict[str, str]:

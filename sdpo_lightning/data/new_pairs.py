@@ -197,3 +197,43 @@ def find_scorer(path: str) -> Scorer:
     if not callable(found):
         raise ConfigurationError(f"`scorer` is {path!r}, expected `module.function`")
     return found
+
+
+@dataclass(frozen=True)
+class DeclaredPairs(PairSource):
+    """Stands for a source whose code isn't run, where only the plan is looked at.
+
+    Attributes:
+        name: of the stage.
+        num_pairs: as in `PairSource`.
+    """
+
+    name: str
+    num_pairs: int
+
+    def pairs(self, generator: Generator, stage_index: int) -> Iterator[RowOrReason]:
+        """None."""
+        return iter(())
+
+
+def read_pair_sources(values: Sequence[Mapping[str, Any]] | None) -> list[PairSource]:
+    """`data.pair_sources` of plain values: ours are made, of other classes only name and number are taken.
+
+    Args:
+        values: `class_path` and `init_args` of each.
+
+    Raises:
+        ConfigurationError: settings outside their range, or no name and number.
+    """
+    found: list[PairSource] = []
+    for value in values or []:
+        given = dict(value.get("init_args") or {})
+        if value["class_path"] in (f"{__name__}.SampledPairs", "sdpo_lightning.SampledPairs"):
+            found.append(SampledPairs(**given))
+        elif {"name", "num_pairs"} <= given.keys():
+            found.append(DeclaredPairs(given["name"], given["num_pairs"]))
+        else:
+            raise ConfigurationError(
+                f"`data.pair_sources`: {value['class_path']} has no `name` and `num_pairs` among its settings"
+            )
+    return found
