@@ -38,6 +38,8 @@ _HOMES = {
     "PairLogps": "types",
     "Partition": "data.partitions",
     "Pacing": "data.pacing",
+    "PairSource": "data.new_pairs",
+    "SampledPairs": "data.new_pairs",
     "Chunk": "types",
     "Stage": "types",
     "StageSettings": "types",

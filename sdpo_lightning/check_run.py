@@ -22,6 +22,7 @@ from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.findings import Finding
 from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.new_pairs import read_pair_sources
 from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.pacing import read_pacing
 from sdpo_lightning.data.partitions import read_partition
@@ -105,6 +106,10 @@ def _foreign(config: Config) -> Iterator[Finding]:
     if "." in function and function.partition(".")[0] not in _KNOWN_PACKAGES:
         text = f"`data.difficulty` names the function {function!r}: its code will run; make sure that you know it"
         yield Finding("warning", text)
+    for source in _arguments(config["data"]).get("pair_sources") or []:
+        if function := _arguments(source).get("scorer"):
+            text = f"`data.pair_sources` names the function {function!r}: its code will run; make sure that you know it"
+            yield Finding("warning", text)
     for key, path in _class_paths(config, ""):
         if path.partition(".")[0] not in _KNOWN_PACKAGES:
             yield Finding("warning", f"`{key}` names the class {path!r}: its code will run; make sure that you know it")
@@ -157,6 +162,7 @@ def _data_module(data: Config) -> CurriculumDataModule:
     given["sources"] = [PreferenceSource(**source) for source in data["sources"]]
     given["partition"] = read_partition(data["partition"])
     given["pacing"] = read_pacing(data.get("pacing"))
+    given["pair_sources"] = read_pair_sources(data["pair_sources"])
     return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 
@@ -245,7 +251,8 @@ def _stages(
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
     ids = {report.name: report.chunk_ids for report in reports}
     scores = module.staging.row_scores(store.numbers, {report.name: report.train_ids for report in reports})
-    chunks = module.staging.cut(module.staging.groups, ids, scores)
+    module.made.check_ranks(count_ranks(trainer))
+    chunks = module.staging.cut(module.staging.groups, ids, scores) + module.made.chunks()
     passes = Passes(
         store,
         # Where the model needs another layout and micro-batches go by tokens, the steps may be more.

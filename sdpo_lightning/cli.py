@@ -1,4 +1,5 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and `rank`, `estimate`, `check`, `report`, `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, `rank`, `estimate`, `check`, `report`,
+`evaluate`, `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.
@@ -294,6 +295,11 @@ def main(
             from sdpo_lightning.report_command import run_report
 
             run_report(words[1:])
+        elif words[:1] == ["evaluate"]:
+            # Only here: no other verb answers or asks.
+            from sdpo_lightning.evaluate_command import run_evaluate
+
+            run_evaluate(words[1:])
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from sdpo_lightning.data.collate import PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.new_pairs import read_pair_sources
 from sdpo_lightning.data.partitions import read_partition
 from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
@@ -177,7 +178,8 @@ def _staging(data: Mapping[str, Any]) -> Staging:
     names = [source["name"] for source in data["sources"]]
     own = read_stage_settings(data.get("stage_settings"))
     given = (read_partition(data["partition"]), *(data[key] for key in ("order", "merge_ties", "epochs_per_stage")))
-    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"])
+    made = [source.name for source in read_pair_sources(data.get("pair_sources"))]
+    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"], made)
 
 
 def _epochs(data: Mapping[str, Any]) -> list[int]:
@@ -220,9 +222,13 @@ def read_loads(config: Mapping[str, Any], run: Run) -> tuple[list[StageLoad], st
         limit=1.0 if limit is None else limit,
     )
     chunks, own = _chunks(data, reports), _staging(data).settings(_staging(data).names())
-    each = zip(chunks, _epochs(data), own, strict=True)
+    # Behind them come those whose pairs are yet to be made.
+    each = zip(chunks, _epochs(data), own, strict=False)
     loads = [_measured(chunk, epochs, passes.under(settings), reports) for chunk, epochs, settings in each]
-    return loads, "lengths are those of the data"
+    made, longest = read_pair_sources(data.get("pair_sources")), _assumed(data, collator)
+    loads += [StageLoad(source.name, source.num_pairs, longest, longest) for source in made]
+    what = ", of pairs that are yet to be made `data.max_length`" if made else ""
+    return loads, f"lengths are those of the data{what}"
 
 
 def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceReport], PairStore]:
@@ -236,7 +242,7 @@ def _prepare(data: Mapping[str, Any], model: str) -> tuple[dict[str, SourceRepor
 
 def _chunks(data: Mapping[str, Any], reports: Mapping[str, SourceReport]) -> list[Chunk]:
     """The chunks in the order of the sources; what a random cut takes is taken to be all."""
-    names, groups = _staging(data).names(), _staging(data).groups
+    names, groups = [name for name in _staging(data).names() if name not in _staging(data).made], _staging(data).groups
     if data["partition"] != "by_source":
         return [Chunk(name, [i for report in reports.values() for i in report.chunk_ids]) for name in names]
     ids = [[i for name in group for i in reports[name].chunk_ids] for group in groups]

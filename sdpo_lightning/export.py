@@ -135,7 +135,7 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         reference=_reference_name(record),
         reference_digest=record.digests[record.reference],
         is_adapter=pl_module.lora is not None,
-        sources=[_card_source(data.sources[index]) for index in indices],
+        sources=[_card_source(data, index) for index in indices],
         settings=pl_module.settings(),
         metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
         versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
@@ -149,7 +149,10 @@ def _reference_name(record: StageRecord) -> str:
     return f"M_{record.reference}" if record.reference else "S"
 
 
-def _card_source(source: PreferenceSource) -> CardSource:
+def _card_source(data: Any, index: int) -> CardSource:
+    if index >= len(data.sources):
+        return CardSource(data.made.name_of(index), "made with the model before", False)
+    source: PreferenceSource = data.sources[index]
     is_hub = not Path(source.path).exists()
     return CardSource(source.name, source.path if is_hub else Path(source.path).name, is_hub)
 

@@ -36,7 +36,8 @@ def publish(staging: Path, path: Path) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    for folder in (run_dir, *(run_dir / name for name in ("checkpoints", "stages", "references", "random_states"))):
+    names = ("checkpoints", "stages", "references", "random_states", "new_pairs")
+    for folder in (run_dir, *(run_dir / name for name in names)):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

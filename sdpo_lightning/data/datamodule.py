@@ -21,6 +21,8 @@ from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.difficulty import check_difficulty, find_difficulty
 from sdpo_lightning.data.endings import StageEnd, with_ends
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.made_pairs import MadePairs
+from sdpo_lightning.data.new_pairs import PairSource
 from sdpo_lightning.data.pacing import Pacing
 from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
@@ -73,6 +75,7 @@ class CurriculumDataModule(PairLists):
         val_fraction: share of each source's pairs held out, split by prompt; `val_path` of a source wins.
         tokenizer: folder or hub name; default: the model's.
         num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
+        pair_sources: a stage each, behind all others, whose pairs M_{t-1} helps to make just before it.
 
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
@@ -81,7 +84,6 @@ class CurriculumDataModule(PairLists):
     _row_hashes: dict[str, Tensor] | None = None
     _planned: tuple[list[Chunk], Any, list[Stage]] | None = None
     _layout_before: str | None = None
-    _chunks: list[Chunk] | None = None
     # With `ranked_by: previous` so many stages have their pairs for good; and what was decided by M_{t-1}.
     _decided: int = 0
     _decisions: Sequence[dict[str, Any]] = ()
@@ -116,12 +118,14 @@ class CurriculumDataModule(PairLists):
         num_proc: int | None = None,
         ranked_by: RankedBy = "first",
         pacing: Pacing | None = None,
+        pair_sources: list[PairSource] | None = None,
     ) -> None:
-        super().__init__(sources, rank_sample, seed)
         names = [source.name for source in sources]
+        self.made = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
+        super().__init__(sources, rank_sample, seed, self.made.names)
         groups = stages or [[name] for name in names]
         own = stage_settings or {}
-        passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by)
+        passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by, self.made.names)
         self.staging = Staging(names, groups, partition, order, *passes)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
@@ -141,8 +145,6 @@ class CurriculumDataModule(PairLists):
         self.accepted: list[str] = []
         # Index of a stage -> where a stop rule ended it; see `take_ends`.
         self.ends: dict[int, StageEnd] = {}
-        # Score the sources even where the order doesn't depend on it.
-        self.ranking_requested = False
         check_difficulty(difficulty)
         check_processes(num_proc)
         check_numbers(batch_size, val_fraction, rank_sample)
@@ -157,11 +159,12 @@ class CurriculumDataModule(PairLists):
         trainer = self.trainer
         assert trainer is not None, "`setup` runs within a Trainer"
         find_difficulty(self.difficulty)
+        self.made.check(trainer)
         model = trainer.lightning_module.model_name_or_path
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
-        how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
+        self._how = how = Preparation(tokenize, self.on_bad_row, self.num_proc, *place, self.staging.names())
         reports, parts = prepare_sources(self.sources, how)
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
@@ -174,16 +177,6 @@ class CurriculumDataModule(PairLists):
         self.collator: PreferenceCollator = PaddedCollator(self.pad_token_id, self.batching.pad_to_multiple_of)
 
     # ---- pair scores -> chunks -> stages
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether the chunks are decided."""
-        return self._chunks is not None
-
-    @property
-    def needs_ranking(self) -> bool:
-        """Whether M_0 has to score the pairs before the chunks are known."""
-        return self.staging.needs_ranking or self.ranking_requested
 
     def pair_scores(self, logps: PairLogps) -> Tensor:
         """Score `[B]` of each pair, higher = easier; above 0 counts as right, NaN not at all. Override to redefine it.
@@ -204,7 +197,7 @@ class CurriculumDataModule(PairLists):
             scores = rank_sources(list(self.reports.values()), self.ranked_ids(), self.pair_scores, m0, reference)
         scores = self._row_scores or scores
         by_id = score_by_id(self.source_ids(), scores) if self.staging.pacing else {}
-        self._chunks = self.staging.paced(self.partition(scores), by_id)
+        self._chunks = self.staging.paced(self.partition(scores), by_id) + self.made.chunks()
         self._decided = 1
 
     def partition(self, scores: Mapping[str, Tensor]) -> list[Chunk]:
@@ -242,27 +235,13 @@ class CurriculumDataModule(PairLists):
         """Where stages have ended before their plan did."""
         self.ends, self._planned = dict(ends), None
 
-    def settings_of(self, index: int) -> StageSettings:
-        """What the stage at that place has to itself; nothing before the chunks are decided."""
-        names = [chunk.name for chunk in self._chunks or ()]
-        return self.staging.settings(names)[index - 1] if names else StageSettings()
-
-    def name_of(self, index: int) -> str:
-        """Name of the stage at that place; empty before the chunks are decided."""
-        return self._chunks[index - 1].name if self._chunks else ""
-
-    def total_epochs(self) -> int:
-        """Epochs of the whole plan, as if no stage had ended early; see `Staging.knows_epochs`."""
-        chunks = self._chunks
-        return sum(self.staging.epochs(self.staging.names() if chunks is None else [c.name for c in chunks]))
-
     def shortest_epoch(self) -> int:
         """Micro-batches a rank of the shortest chunk, before the chunks are decided: at least so many."""
         # A layout that this one has to give way to takes more.
         largest = StageSettings(batch_size=largest_batch(self.staging.stage_settings, self.batching.batch_size))
         collator = COLLATORS[self.layout](self.pad_token_id, self.batching.pad_to_multiple_of)
         passes = self._passes(collator).under(largest)
-        pools = self.staging.pools(self.chunk_ids())
+        pools = self.staging.pools(self.chunk_ids()) + [([], len(chunk.pair_ids)) for chunk in self.made.chunks()]
         return min(passes.fewest_batches(pool, size) for pool, size in pools)
 
     def curriculum(self) -> dict[str, Any]:
@@ -284,6 +263,7 @@ class CurriculumDataModule(PairLists):
             self._chunks, decision = rank_again(self.trainer, self._chunks, stage.index)
             self._decided, self._decisions = stage.index, [*self._decisions, decision]
             stage = self.stages()[stage.index - 1]
+        self.made.provide(self.trainer, self.stages(), stage, self._how)
         epoch = self.trainer.current_epoch - stage.first_epoch
         return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 
@@ -320,6 +300,7 @@ class CurriculumDataModule(PairLists):
             "rows": dict(plan.rows),
             "accepted": list(self.accepted),
             "ends": {index: end.row() for index, end in self.ends.items()},
+            "made": self.made.begun([chunk.name for chunk in chunks[: self.trainer.lightning_module.record.entered]]),
             "entered": self.trainer.lightning_module.record.entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
@@ -336,9 +317,10 @@ class CurriculumDataModule(PairLists):
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {
             "data.on_long_prompt": self.on_long_prompt,
+            "data.pair_sources": self.made.settings(),
             **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
         }
-        own = type(self).partition is CurriculumDataModule.partition
+        own = type(self).partition is CurriculumDataModule.partition and not self.made.sources
         by_group = own and self.staging.is_by_source
         rule, groups = self.on_changed_rows, self.staging.groups
         return DataPlan(self._row_hashes, settings, groups, by_group, rule, self.accepted)
@@ -354,6 +336,7 @@ class CurriculumDataModule(PairLists):
         self.source_order = list(state_dict["source_order"])
         self._decided, self._decisions = state_dict.get("decided", 0), list(state_dict.get("decisions", []))
         self.take_ends({index: StageEnd.of_row(row) for index, row in state_dict.get("ends", {}).items()})
+        self.made.go_on(state_dict.get("made", {}))
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._layout_before = state_dict["layout"]
             self._chunks = self.plan().go_on(state_dict, self._chunks, self.reports)

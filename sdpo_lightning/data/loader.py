@@ -17,7 +17,7 @@ from sdpo_lightning.data.messages import Spans
 from sdpo_lightning.data.pacing import Pacing, paced_places
 from sdpo_lightning.data.pair_ranks import PairNumbers
 from sdpo_lightning.data.rated import NUMBERS
-from sdpo_lightning.types import PreferenceBatch
+from sdpo_lightning.types import ConfigurationError, PreferenceBatch
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SPANS = ("chosen_unscored", "rejected_unscored")
@@ -32,7 +32,13 @@ class PairStore:
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self._rows = concatenate_datasets(list(datasets))
+        self._parts: list[Dataset] = []
+        self.add(datasets)
+
+    def add(self, datasets: Sequence[Dataset]) -> None:
+        """Take in more pairs."""
+        self._parts += datasets
+        self._rows = concatenate_datasets(self._parts)
         ids = np.asarray(self._rows.with_format("numpy")["pair_id"][:])
         self._order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[self._order]
@@ -48,9 +54,18 @@ class PairStore:
 
     def _row_numbers(self, pair_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(pair_ids, dtype=np.int64)
-        found = np.searchsorted(self._sorted_ids, ids)
-        assert (self._sorted_ids[found] == ids).all(), "unknown pair id"
+        found = np.searchsorted(self._sorted_ids, ids).clip(max=len(self._sorted_ids) - 1)
+        if not (self._sorted_ids[found] == ids).all():
+            raise ConfigurationError(
+                "pairs are asked for that don't exist yet: those of `data.pair_sources` are made just before their "
+                "stage; a reference that scores the pairs of all stages beforehand, or a fork behind such a stage, "
+                "can't have them"
+            )
         return self._order[found]
+
+    def holds(self, pair_id: int) -> bool:
+        """Whether there is such a pair."""
+        return pair_id in self._sorted_ids
 
     def lengths(self, pair_ids: Sequence[int]) -> np.ndarray:
         """`[3, P]` int64: tokens of prompt, chosen and rejected completion of the given pairs."""

@@ -42,6 +42,7 @@ class Staging:
         seed: of the cuts.
         pacing: whether the pool of a stage grows, so that its pairs have to stand in the order of their difficulty.
         ranked_by: what orders the stages: M_0 alone (`first`), or before each stage M_{t-1} those that are left.
+        made: names of the stages after all others, whose pairs are made just before them.
 
     Raises:
         ConfigurationError: names that don't fit together.
@@ -57,6 +58,7 @@ class Staging:
     seed: int
     pacing: bool = False
     ranked_by: RankedBy = "first"
+    made: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_groups(self.sources, self.groups, "pooled" if self.partition == "pooled" else "by_source")
@@ -66,6 +68,11 @@ class Staging:
                 "leave one of them out"
             )
         self._check_ranked_by()
+        if self.made and (self.pacing or self.ranked_by == "previous"):
+            raise ConfigurationError(
+                "`data.pair_sources` with `data.pacing` or `data.ranked_by: previous`, which need scores of pairs that "
+                "aren't made yet; leave one of them out"
+            )
         check_epochs(self.epochs_per_stage, self.names(), self.sources if self.merge_ties else [])
 
     def _check_ranked_by(self) -> None:
@@ -92,8 +99,8 @@ class Staging:
     def names(self) -> list[str]:
         """Of the stages in whatever order they will run, unless ties are merged."""
         if isinstance(self.partition, Partition):
-            return self.partition.names(self.groups)
-        return stage_names(self.partition, self.groups)
+            return [*self.partition.names(self.groups), *self.made]
+        return [*stage_names(self.partition, self.groups), *self.made]
 
     @property
     def needs_ranking(self) -> bool:
