@@ -10,6 +10,20 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference, StageSamples
+from sdpo_lightning.cli import CurriculumCLI
+
+
+class ParsesOnly(CurriculumCLI):
+    """Reads a configuration and makes nothing of it."""
+
+    def before_instantiate_classes(self):
+        pass
+
+    def instantiate_classes(self):
+        pass
+
+    def _run_subcommand(self, subcommand):
+        pass
 
 
 def adamw(lr: float = 1e-3, weight_decay: float = 0.1):
