@@ -1,4 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and `rank`, `estimate`, `check`, `report`, `demo`.
+"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and `rank`, `estimate`, `check`, `report`, `parity`, `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.
@@ -293,6 +293,11 @@ def main(
             from sdpo_lightning.report_command import run_report
 
             run_report(words[1:])
+        elif words[:1] == ["parity"]:
+            # Only here: it is made of this command line.
+            from sdpo_lightning.parity_command import run_parity
+
+            run_parity(words[1:], model_class, datamodule_class)
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:
