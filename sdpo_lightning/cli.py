@@ -1,4 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, and `rank`, `estimate`, `check`, `report`, `parity`, `demo`.
+"""Rank 8: the command line: Lightning's verbs, and `rank`, `estimate`, `check`, `report`, `parity`, `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.

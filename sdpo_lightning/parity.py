@@ -266,10 +266,12 @@ def table(found: Mapping[str, Any]) -> str:
         )
     (fast, slow), (low, high) = found["pairs_a_second"], found["peak_bytes"]
     lines.append(f"pairs a second: {fast:.2f}, TRL {slow:.2f} (x {fast / slow:.2f})")
-    lines.append(f"peak memory: {low / 2**30:.2f} GiB, TRL {high / 2**30:.2f} GiB (x {low / high:.2f})")
+    # Where the system doesn't say, they are 0.
+    share = f" (x {low / high:.2f})" if min(low, high) > 0 else ", not measured"
+    lines.append(f"peak memory: {low / 2**30:.2f} GiB, TRL {high / 2**30:.2f} GiB{share}")
     worst = max(found["stages"], key=lambda stage: stage["difference"])
     said = "the same training" if found["same"] else "NOT the same training"
-    lines.append(f"{said}: the losses differ by {worst['difference']:.1e} at most, {worst['tolerance']:.1e} are allowed")
+    lines.append(f"{said}: losses differ by {worst['difference']:.1e} at most, {worst['tolerance']:.1e} is allowed")
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ def run_parity(
 
     Raises:
         ConfigurationError: TRL is missing, or a setting has no counterpart in it.
-        SelfCheckError: it isn't the same training.
+        SelfCheckError: it isn't the same training, or a side didn't come to its end.
     """
     began = time.monotonic()
     if (model_class, datamodule_class) != (DPOLitModule, CurriculumDataModule):
@@ -129,4 +129,6 @@ def _run(who: str, words: Sequence[str]) -> None:
     )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise ConfigurationError(f"`parity`: {who} ended with: {said[-1]}")
+        name, _, text = said[-1].partition(": ")
+        kind = ConfigurationError if name.endswith(".ConfigurationError") else SelfCheckError
+        raise kind(text if kind is ConfigurationError else f"`parity`: {who} ended with: {said[-1]}")

@@ -27,7 +27,7 @@ _BLOCK = 256
 
 
 class FirstSteps(CurriculumDataModule):
-    """Of each stage the pairs of its first whole steps. TRL scores whole completions, so pairs of several turns stay out."""
+    """Of each stage the pairs of its first whole steps, but for those of which TRL would score other tokens."""
 
     steps = 20
 
@@ -95,7 +95,7 @@ def main(config: str, steps: str, out: str) -> None:
     FirstSteps.steps = int(steps)
     imported = peak_resident()
     cli = CurriculumCLI(TimedModule, FirstSteps, ["fit", "--config", config])
-    cuda = cli.model.device.type == "cuda" or torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     peak = torch.cuda.max_memory_allocated() if cuda else peak_resident() - imported
     Path(out).write_text(json.dumps(_figures(cli.trainer, cli.model, cli.datamodule) | {"peak": peak}))
 

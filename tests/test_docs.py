@@ -19,10 +19,9 @@ from runs import ParsesOnly
 
 from sdpo_lightning.cli import main
 
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
-VERBS = ("fit", "validate", "test", "predict", "rank", "check", "estimate", "report", "demo")
+VERBS = ("fit", "validate", "test", "predict", "rank", "check", "estimate", "report", "parity", "demo")
 # Run by tests of their own: tests/test_demo.py.
 ELSEWHERE = ("demo",)
 # Seconds that the fast suite may spend: these pages' commands are run in it, the others' by `make test-slow`.
@@ -137,8 +136,12 @@ def small(words: list[str]) -> list[str]:
         extra += ["--trainer.callbacks+=sdpo_lightning.StageSamples", "--trainer.callbacks.max_new_tokens=2"]
     if "configs/" in given or "--trainer.strategy" in given or "--trainer.devices" in given:
         extra += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    if verb == "fit" and len(words) > 3 and "--trainer.default_root_dir" not in given and "--ckpt_path" not in given:
+        # runs/mine is finished, and of other settings.
+        extra += ["--trainer.default_root_dir=runs/own"]
     if "configs/" in given:
-        sources = [{"name": name, "path": f"{name}.jsonl"} for name in ("easy", "hard")]
+        none = dict.fromkeys(("columns", "split", "preset", "val_path"))
+        sources = [{"name": name, "path": f"{name}.jsonl", **none} for name in ("easy", "hard")]
         extra += ["--model.model_name_or_path=path/to/sft-model", f"--data.sources={json.dumps(sources)}"]
         extra += ["--trainer.precision=32-true", "--data.max_length=64"]
     return extra
@@ -161,15 +164,21 @@ def test_a_command_runs(line, world, capsys):
             main(words)
         assert stop.value.code == 0
         return
+    if words[0] == "report":
+        for run in words[1:]:
+            if run.startswith("runs/") and not Path(run).exists():
+                shutil.copytree("runs/mine", run)
     main([*words, *small(words)])
     out = capsys.readouterr().out
     if words[0] == "fit":
         [root] = [w for f, w in zip(words, words[1:], strict=False) if f == "--trainer.default_root_dir"] or [None]
         configs = [w for f, w in zip(words, words[1:], strict=False) if f == "--config"]
-        root = root or yaml.safe_load(Path(configs[0]).read_text())["trainer"]["default_root_dir"]
+        root = root or ("runs/own" if len(words) > 3 else None) or yaml.safe_load(Path(configs[0]).read_text())["trainer"]["default_root_dir"]
         assert (Path(root) / "stages").is_dir()
     elif words[0] == "report":
         assert "written: " in out
+    elif words[0] == "parity":
+        assert "the same training" in out
     elif words[0] == "check":
         assert "0 errors" in out
     elif words[0] == "rank":

@@ -10,9 +10,16 @@ import torch
 import yaml
 from runs import ParsesOnly
 
-from sdpo_lightning import DPOLitModule, batch_objectives, completion_logps, divergences, export, objectives
+from sdpo_lightning import (
+    DPOLitModule,
+    batch_objectives,
+    completion_logps,
+    divergences,
+    export,
+    objectives,
+    updating_reference,
+)
 from sdpo_lightning import reference as references
-from sdpo_lightning import updating_reference
 
 trl = pytest.importorskip("trl")
 
