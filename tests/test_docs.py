@@ -171,9 +171,10 @@ def test_a_command_runs(line, world, capsys):
     main([*words, *small(words)])
     out = capsys.readouterr().out
     if words[0] == "fit":
-        [root] = [w for f, w in zip(words, words[1:], strict=False) if f == "--trainer.default_root_dir"] or [None]
-        configs = [w for f, w in zip(words, words[1:], strict=False) if f == "--config"]
-        root = root or ("runs/own" if len(words) > 3 else None) or yaml.safe_load(Path(configs[0]).read_text())["trainer"]["default_root_dir"]
+        # The last one counts.
+        given = [*words, *small(words)]
+        roots = re.findall(r"--trainer.default_root_dir[= ](\S+)", " ".join(given)) or ["runs/mine"]
+        root = roots[-1]
         assert (Path(root) / "stages").is_dir()
     elif words[0] == "report":
         assert "written: " in out
@@ -203,6 +204,8 @@ def test_commands_name_what_is_there(block):
                 assert verb in VERBS, line
             case ["make", target]:
                 assert re.search(rf"^\.?{target}( \S+)*:", makefile, re.M), line
+            case ["pip", "install", pinned] if "==" in pinned:
+                assert pinned in (ROOT / "constraints.txt").read_text().split(), line
             case ["pip", "install", *rest]:
                 wanted = rest[-1]
                 extras = re.findall(r"\[(\w+)\]", wanted)
@@ -324,3 +327,31 @@ def test_citation_has_our_version():
 
     assert citation["version"] == sdpo_lightning.__version__
     assert citation["preferred-citation"]["url"].endswith("2403.19270")
+
+
+def test_numbers_against_trl_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "vs_trl.json").read_text())
+    text = (ROOT / "docs" / "speed.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \|", text, re.M)
+    assert len(rows) == 9
+    for key, *values in rows:
+        assert [float(value) for value in values] == measured[key], key
+    readme = re.findall(r"^\| (CPU time.*?) \| (\.\d+) \|$", (ROOT / "README.md").read_text(), re.M)
+    keys = ("time_1epoch_vs_A2", "time_3epochs_vs_A2", "time_1epoch_vs_A6")
+    assert [float(value) for _, value in readme] == [round(measured[key][0] + 1e-9, 2) for key in keys]
+
+
+def test_numbers_of_scaling_are_the_written_ones():
+    written = (ROOT / "benchmarks" / "results" / "scaling.md").read_text()
+    rows = re.findall(r"^\| (\w+)[^|]* \| (\d\.\d\d) \| (\d\.\d\d) \|$", (ROOT / "docs" / "speed.md").read_text(), re.M)
+    assert len(rows) == 4
+    for axis, time, memory in rows:
+        assert re.search(rf"^\| {axis} \| {time} \| \w+ \| {memory} \|", written, re.M), axis
+
+
+def test_settings_page_has_every_key():
+    parsed = ParsesOnly(args=["fit", "--model.model_name_or_path=x", "--data.sources=[]"]).config.fit
+    text = (ROOT / "docs" / "settings.md").read_text()
+    keys = [f"{group}.{key}" for group in ("model", "data") for key in vars(parsed[group])]
+    assert len(keys) > 40
+    assert [key for key in keys if f"`{key}`" not in text] == []
