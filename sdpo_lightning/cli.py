@@ -181,7 +181,7 @@ class CurriculumCLI(LightningCLI):
                 raise ConfigurationError("`weights_only` is false: any code in a checkpoint would run; leave it out")
             self.config[self.subcommand].weights_only = True
         if trainer.precision is None and _has_bf16_gpu(trainer.accelerator):
-            # fp32 master weights stay: see `trainer.precision` in the README.
+            # fp32 master weights stay: see docs/hardware.md.
             trainer.precision = "bf16-mixed"
         if trainer.default_root_dir is None:
             raise ConfigurationError("`trainer.default_root_dir` is missing: the folder for all that the run leaves")
