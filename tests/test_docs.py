@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import make_rows, write_jsonl
-from runs import ParsesOnly
+from runs import ParsesOnly, parity_in_this_process
 
+from sdpo_lightning import parity_command
 from sdpo_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,8 +156,10 @@ def words_of(line: str, world: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("line", marked(OURS))
-def test_a_command_runs(line, world, capsys):
+def test_a_command_runs(line, world, capsys, monkeypatch):
     words = words_of(line, world)
+    # As programs: tests/test_parity.py.
+    monkeypatch.setattr(parity_command, "_run", parity_in_this_process)
     if words[0] in ELSEWHERE:
         return
     if "--print_config" in words:

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 from helpers import make_rows, write_jsonl
+from runs import parity_in_this_process
 
 from sdpo_lightning import parity_command, parity_ours, parity_trl
 from sdpo_lightning.cli import main
@@ -120,14 +121,9 @@ def test_another_module_has_no_counterpart(arguments, capsys):
     assert stop.value.code == 2 and "our own classes" in capsys.readouterr().err
 
 
-def in_this_process(who, words):
-    """Both sides here: what they import is there already."""
-    {"sdpo_lightning.parity_ours": parity_ours, "sdpo_lightning.parity_trl": parity_trl}[words[0]].main(*words[1:])
-
-
 def test_both_sides(arguments, tmp_path, capsys, monkeypatch):
     pytest.importorskip("trl")
-    monkeypatch.setattr(parity_command, "_run", in_this_process)
+    monkeypatch.setattr(parity_command, "_run", parity_in_this_process)
     main([*arguments, "--steps=3"])
     found = json.loads((tmp_path / "parity.json").read_text())
     # 13 pairs are three whole steps of four, 9 are two.
