@@ -1,5 +1,4 @@
-"""Rank 8: the command line: `fit`, `validate`, `test`, `predict`, `rank`, `estimate`, `check`, `report`,
-`evaluate`, `demo`.
+"""Rank 8: the command line: Lightning's verbs, and `rank`, `estimate`, `check`, `report`, `evaluate`, `parity`, `demo`.
 
 Exit codes: 0 done; 1 stopped by a fault at run time; 2 the configuration or the data is wrong; 3 a resume or
 a cache is refused; 143 and 130 stopped by SIGTERM and SIGINT. `--debug` shows tracebacks.
@@ -183,7 +182,7 @@ class CurriculumCLI(LightningCLI):
                 raise ConfigurationError("`weights_only` is false: any code in a checkpoint would run; leave it out")
             self.config[self.subcommand].weights_only = True
         if trainer.precision is None and _has_bf16_gpu(trainer.accelerator):
-            # fp32 master weights stay: see `trainer.precision` in the README.
+            # fp32 master weights stay: see docs/hardware.md.
             trainer.precision = "bf16-mixed"
         if trainer.default_root_dir is None:
             raise ConfigurationError("`trainer.default_root_dir` is missing: the folder for all that the run leaves")
@@ -300,6 +299,11 @@ def main(
             from sdpo_lightning.evaluate_command import run_evaluate
 
             run_evaluate(words[1:])
+        elif words[:1] == ["parity"]:
+            # Only here: it is made of this command line.
+            from sdpo_lightning.parity_command import run_parity
+
+            run_parity(words[1:], model_class, datamodule_class)
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from importlib import import_module
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,25 @@ import torch
 from safetensors.torch import load_file
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference, StageSamples
+from sdpo_lightning.cli import CurriculumCLI
+
+
+class ParsesOnly(CurriculumCLI):
+    """Reads a configuration and makes nothing of it."""
+
+    def before_instantiate_classes(self):
+        pass
+
+    def instantiate_classes(self):
+        pass
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def parity_in_this_process(who: str, words: list[str]) -> None:
+    """A side of `parity` here instead of in a program: what it imports is there already."""
+    import_module(words[0]).main(*words[1:])
 
 
 def adamw(lr: float = 1e-3, weight_decay: float = 0.1):

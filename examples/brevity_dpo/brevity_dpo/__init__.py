@@ -1,0 +1,1 @@
+"""A project of its own on top of sdpo-lightning."""
