@@ -15,6 +15,7 @@ _HOMES = {
     "StageCheckpoint": "checkpoint",
     "StageEvaluation": "stage_models",
     "StageSamples": "stage_models",
+    "SampleStatistics": "sample_statistics",
     "Fork": "fork",
     "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",

@@ -130,6 +130,8 @@ class CachedExternalReference(OutsideReference):
         quantization: of its weights while it scores: `nf4` or `int8`.
     """
 
+    scores_any_pair = False
+
     def __init__(
         self,
         model_name_or_path: str,

@@ -37,9 +37,11 @@ class ReferencePolicy(ABC):
             Then the self-check compares their logps wherever it is the M_t that the policy starts from.
         tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
         tolerance_bf16: the same under bf16 autocast.
+        scores_any_pair: whether `logps` takes pairs that no stage was given, as drawn answers are; it needs weights.
     """
 
     starts_at_policy = True
+    scores_any_pair = True
     tolerance = 1e-6
     tolerance_bf16 = 1e-6
 
@@ -128,6 +130,10 @@ class ReferencePolicy(ABC):
             policy: as the step left it.
         """
 
+    def moves_within_stage(self) -> bool:
+        """Whether steps may change it: it has an `after_step` of its own."""
+        return type(self).after_step is not ReferencePolicy.after_step
+
     # ---- going on
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -205,6 +211,7 @@ class CachedReference(ReferencePolicy):
 
     tolerance = 1e-5
     tolerance_bf16 = 1e-2
+    scores_any_pair = False
 
     def __init__(self) -> None:
         self._table: LogpTable | None = None

@@ -24,13 +24,12 @@ from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import read_table, score_pairs, write_table
 from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
+from sdpo_lightning.sampling import Message, chosen_prompts, end_tokens, left_padded, until_end
 from sdpo_lightning.scoring import numerics
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)
-
-Message = dict[str, str]
 
 
 class StageModels(pl.Callback, ABC):
@@ -152,21 +151,11 @@ class StageSamples(StageModels):
         if not trainer.is_global_zero:
             return
         try:
-            prompts = self._prompts(trainer)
+            prompts = chosen_prompts(trainer.datamodule, self.prompts, self.default_count)
             if prompts:
                 self.write(trainer, self._rows(trainer, pl_module, index, prompts))
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
             log.warning("no sample answers of M_%d: %s", index, error)
-
-    def _prompts(self, trainer: pl.Trainer) -> list[tuple[str | None, list[int]]]:
-        """Source, where it is one's, and ids of each prompt."""
-        data = trainer.datamodule
-        if self.prompts is not None:
-            return [(None, _prompt_ids(data.tokenizer, prompt)) for prompt in self.prompts]
-        # One of each source, then the next of each.
-        lists = [report.val_ids or report.train_ids for report in data.reports.values()]
-        ids = [part[n] for n in range(self.default_count) for part in lists if n < len(part)][: self.default_count]
-        return [(data.source_of(i), pair.prompt_ids) for i, pair in zip(ids, data.store.get(ids), strict=True)]
 
     def _rows(
         self,
@@ -188,12 +177,11 @@ class StageSamples(StageModels):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prompts: list[tuple[str | None, list[int]]]
     ) -> list[list[int]]:
         policy, data = pl_module.policy, trainer.datamodule
-        model, pad, width = policy.model, data.pad_token_id, max(len(ids) for _, ids in prompts)
-        rows = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in prompts], device=pl_module.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in prompts], device=pl_module.device)
-        eos = model.generation_config.eos_token_id or data.tokenizer.eos_token_id
+        model, pad = policy.model, data.pad_token_id
+        rows, mask = left_padded([ids for _, ids in prompts], pad, pl_module.device)
+        ends = end_tokens(model, data.tokenizer)
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
+            max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad
         )
         was_training = policy.training
         policy.eval()
@@ -202,17 +190,4 @@ class StageSamples(StageModels):
                 found = model.generate(input_ids=rows, attention_mask=mask, generation_config=settings)
         finally:
             policy.train(was_training)
-        ends = set(eos if isinstance(eos, list) else [eos])
-        return [_until(answer, ends) for answer in found[:, width:].tolist()]
-
-
-def _until(answer: list[int], ends: set[int]) -> list[int]:
-    """Up to the first end token, which counts; what follows is padding."""
-    end = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
-    return answer[: end + 1]
-
-
-def _prompt_ids(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+        return [until_end(answer, set(ends)) for answer in found[:, rows.shape[1] :].tolist()]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdpo_lightning import PreferenceSource, StageEvaluation, StageSamples
 from sdpo_lightning.cli import main
 from sdpo_lightning.matrix import matrix_rows, merged
-from sdpo_lightning.stage_models import _until
+from sdpo_lightning.sampling import until_end
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
 ARGS = {"order": "easy_to_hard", "val_fraction": 0.4, "shuffle": True}
@@ -207,8 +207,8 @@ def test_the_command_line_takes_them(tmp_path, tiny_model_dir, sources):
 
 
 def test_an_answer_ends_with_its_end_token():
-    assert _until([5, 6, 1, 0, 0], {1}) == [5, 6, 1]
-    assert _until([5, 6, 7], {1}) == [5, 6, 7]
+    assert until_end([5, 6, 1, 0, 0], {1}) == [5, 6, 1]
+    assert until_end([5, 6, 7], {1}) == [5, 6, 7]
 
 
 def test_what_goes_wrong_in_samples_and_report_ends_no_run(tmp_path, tiny_model_dir, sources, monkeypatch, caplog):
