@@ -137,10 +137,34 @@ def length_charts(run: Run) -> list[Chart]:
     return charts
 
 
+def drawn_charts(run: Run) -> list[Chart]:
+    """What `SampleStatistics` measured on answers that the policy drew itself."""
+    note = "Monte Carlo means, with one standard error; M_0 is S."
+    kl = {"samples/kl_reference": "to the reference", "samples/kl_sft": "to S"}
+    charts = [
+        _drawn(run, "kl", "KL of the policy, nats an answer", kl, 0.0, note),
+        _drawn(run, "entropy", "Entropy, nats a token", {"samples/entropy": "entropy"}),
+        _drawn(run, "drawn_length", "Tokens of drawn answers", {"samples/answer_length": "tokens"}),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _drawn(
+    run: Run, key: str, title: str, columns: dict[str, str], level: float | None = None, note: str = ""
+) -> LineChart | None:
+    lines = []
+    for column, name in columns.items():
+        rows = [row for row in run.drawn if is_number(row.get(column))]
+        points = tuple((row["step"], row[column]) for row in rows)
+        lines.append(Series(name, points, tuple(row.get(f"{column}_standard_error", 0.0) for row in rows)))
+    lines = [line for line in lines if line.points]
+    return LineChart(key, title, "optimizer step", tuple(lines), (), level, {}, note) if lines else None
+
+
 def run_charts(run: Run) -> list[Chart]:
     """All charts of a run."""
     first = [chart for chart in (ranking_chart(run), gamma_chart(run)) if chart is not None]
-    return [*first, *training_charts(run), *length_charts(run), *cost_charts(run)]
+    return [*first, *training_charts(run), *length_charts(run), *drawn_charts(run), *cost_charts(run)]
 
 
 def comparison_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:

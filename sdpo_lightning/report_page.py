@@ -11,6 +11,7 @@ from sdpo_lightning.report_data import Run, is_number
 from sdpo_lightning.report_figures import (
     comparison_charts,
     cost_charts,
+    drawn_charts,
     gamma_chart,
     length_charts,
     ranking_chart,
@@ -39,6 +40,7 @@ def run_page(run: Run) -> str:
         _section("Training", [_charts(training_charts(run))]),
         _section("Models and sources", [_heat_maps(run)]),
         _section("Length of answers", [_charts(length_charts(run))]),
+        _section("Answers drawn from the policy", [_charts(drawn_charts(run))]),
         _section("Samples", [_samples(run)]),
         _section("Time and memory", [_charts(cost_charts(run))]),
         _section("Data", [_data(run), _findings(run)]),

@@ -180,9 +180,7 @@ class SampleStatistics(pl.Callback):
             rows += map(Scored, answers, scored[number], known, sft[number])
         return rows
 
-    def _draw(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> list[tuple[PreferenceBatch, list[Answer]]]:
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[tuple[PreferenceBatch, list[Answer]]]:
         """This rank's share: batches of pairs, and their answers: first the chosen sides, then the rejected ones."""
         data, model = trainer.datamodule, pl_module.policy.model
         prompts = [ids for _, ids in chosen_prompts(data, self.prompts, self.num_prompts)]
