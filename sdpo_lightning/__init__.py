@@ -16,6 +16,7 @@ _HOMES = {
     "StageEvaluation": "stage_models",
     "StageSamples": "stage_models",
     "SampleStatistics": "sample_statistics",
+    "LikelihoodGuard": "likelihood",
     "Fork": "fork",
     "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",

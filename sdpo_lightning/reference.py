@@ -130,10 +130,6 @@ class ReferencePolicy(ABC):
             policy: as the step left it.
         """
 
-    def moves_within_stage(self) -> bool:
-        """Whether steps may change it: it has an `after_step` of its own."""
-        return type(self).after_step is not ReferencePolicy.after_step
-
     # ---- going on
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -255,6 +251,17 @@ class CachedReference(ReferencePolicy):
         """Look the pairs up."""
         assert self._table is not None, "the reference is asked before the stage began"
         return known_logps(self._table, batch)
+
+
+def is_sft(reference: ReferencePolicy, index: int) -> bool:
+    """Whether a reference is S throughout the stage under way, so that its logps are S's.
+
+    Args:
+        reference: not one that follows the policy within a stage, or that doesn't say what it is.
+        index: of the M_t that it was when the stage began.
+    """
+    stays = type(reference).after_step is ReferencePolicy.after_step
+    return index == 0 and stays and reference.starts_at_policy
 
 
 def check_reference_digest(index: int, path: str, found: str, expected: str) -> None:

@@ -20,6 +20,7 @@ from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import MetricsFile
 from sdpo_lightning.random_states import random_states_kept
 from sdpo_lightning.ranks import from_every_rank
+from sdpo_lightning.reference import is_sft
 from sdpo_lightning.run_state import leaves_files
 from sdpo_lightning.sampling import (
     Answer,
@@ -164,12 +165,11 @@ class SampleStatistics(pl.Callback):
     def _scored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Scored]:
         drawn = self._draw(trainer, pl_module)
         scored = [self._logps(batch, lambda b: pl_module.score(pl_module.policy, b)) for batch, _ in drawn]
-        is_sft = pl_module.record.reference == 0 and not pl_module.reference.moves_within_stage()
         references: list[list[float]] | None = None
         with _reference_logps(pl_module, trainer) as reference:
             if reference is not None:
                 references = [self._logps(batch, reference) for batch, _ in drawn]
-        if is_sft and references is not None:
+        if references is not None and is_sft(pl_module.reference, pl_module.record.reference):
             sft = references
         else:
             with _read(pl_module, lambda: pl_module.read_model(None)) as model:

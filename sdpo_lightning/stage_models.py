@@ -20,6 +20,7 @@ from sdpo_lightning.attention import packed_rows
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
+from sdpo_lightning.likelihood import LikelihoodGuard
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import read_table, score_pairs, write_table
@@ -114,7 +115,13 @@ class StageEvaluation(StageModels):
         key = self._key[1]
         write_table(_table_path(trainer, index), table, key)
         m0, before = (read_table(_table_path(trainer, t), key) if index else None for t in (0, index - 1))
-        self.write(trainer, matrix_rows(index, table, trainer.datamodule.source_of, m0, before))
+        rows = matrix_rows(index, table, trainer.datamodule.source_of, m0, before)
+        self.write(trainer, rows)
+        guards = [callback for callback in trainer.callbacks if isinstance(callback, LikelihoodGuard)]
+        if index and guards:
+            stage = trainer.datamodule.stages()[index - 1]
+            m0_rows = [row for row in self.rows(trainer) if row["model"] == 0]
+            guards[0].judge_held_out(pl_module, stage, rows, m0_rows)
 
 
 def _table_path(trainer: pl.Trainer, index: int) -> Path:
