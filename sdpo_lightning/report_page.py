@@ -12,9 +12,8 @@ from sdpo_lightning.report_figures import (
     comparison_charts,
     cost_charts,
     drawn_charts,
-    gamma_chart,
     length_charts,
-    ranking_chart,
+    source_charts,
     training_charts,
 )
 from sdpo_lightning.report_style import CSS
@@ -36,7 +35,7 @@ def run_page(run: Run) -> str:
     )
     sections = [
         _section("Stages", [_stages(run)]),
-        _section("Sources and reference", [_charts([c for c in (ranking_chart(run), gamma_chart(run)) if c])]),
+        _section("Sources and reference", [_charts(source_charts(run))]),
         _section("Training", [_charts(training_charts(run))]),
         _section("Models and sources", [_heat_maps(run)]),
         _section("Length of answers", [_charts(length_charts(run))]),
