@@ -188,7 +188,7 @@ class CachedExternalReference(OutsideReference):
             model = inputs.load(self.model_name_or_path, self.quantization)
             digest = _digest(model, self.quantization)
             log.info("scoring all pairs by %s", name)
-            table = score_pairs(model, batches, inputs.score)
+            table = score_pairs(model, batches, inputs.score, title="logps of the external reference")
             del model
             gc.collect()
             torch.cuda.empty_cache()

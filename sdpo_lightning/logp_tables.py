@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sdpo_lightning.bars import BARS
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import publish
@@ -28,6 +29,7 @@ def score_pairs(
     batches: Iterable[PreferenceBatch],
     compute_logps: ComputeLogps,
     known: LogpTable | None = None,
+    title: str = "scoring",
 ) -> LogpTable:
     """Logps of all pairs, in eval mode and without gradients; the ranks' shares are gathered.
 
@@ -36,6 +38,7 @@ def score_pairs(
         batches: this rank's share.
         compute_logps: `model, batch -> PairLogps`.
         known: pairs that need no forward.
+        title: of the progress bar, where one is shown.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -43,7 +46,7 @@ def score_pairs(
     rows: list[tuple[Tensor, ...]] = []
     try:
         with torch.no_grad(), CASTS.held():
-            for batch in batches:
+            for batch in BARS.track(batches, title):
                 _leave_if_asked(device)
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)

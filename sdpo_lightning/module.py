@@ -47,7 +47,7 @@ from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
-from sdpo_lightning.stage_models import StageEvaluation, StageSamples
+from sdpo_lightning.stage_models import StageEvaluation, StageSamples, StageTable
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -262,7 +262,7 @@ class DPOLitModule(HeldOutPairs):
         """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
         present = self.trainer.callbacks
         makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress, ContaminationGuard]
-        makers += [StageEvaluation, StageSamples, LikelihoodGuard, RunReport]
+        makers += [StageEvaluation, StageSamples, StageTable, LikelihoodGuard, RunReport]
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)

@@ -226,7 +226,8 @@ class CachedReference(ReferencePolicy):
         return folder / f"{stage.index:02d}.safetensors"
 
     def _score(self, model: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
-        table, path = score_pairs(model, inputs.batches, self._compute_logps, inputs.known), self.table_path
+        title, path = f"logps of stage {stage.index}'s reference", self.table_path
+        table = score_pairs(model, inputs.batches, self._compute_logps, inputs.known, title)
         from_first_rank(lambda: write_table(path(inputs.folder, stage), table, cache_key(inputs)))
         self._table = table
 

@@ -1,4 +1,4 @@
-"""Rank 6: callbacks that look at S and at every M_t once, as soon as it is there: `StageEvaluation`, `StageSamples`.
+"""Rank 6: callbacks that look at S and at every M_t once, as soon as it is there: they score, sample and tell.
 
 M_{t-1} is the policy at the first batch of stage t, whether the run has just left stage t-1 or was resumed there, so
 nothing has to be read again. Neither touches a random state nor a weight.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.likelihood import LikelihoodGuard
+from sdpo_lightning.logs import MetricsLog
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import read_table, score_pairs, write_table
 from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
 from sdpo_lightning.sampling import Message, chosen_prompts, end_tokens, left_padded, until_end
 from sdpo_lightning.scoring import numerics
+from sdpo_lightning.stage_lines import stage_line, stage_table, stage_title
 from sdpo_lightning.strategy import sharding_of
+from sdpo_lightning.terminal import print_table, shown_bar
 from sdpo_lightning.types import ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)
@@ -198,3 +202,28 @@ class StageSamples(StageModels):
         finally:
             policy.train(was_training)
         return [until_end(answer, set(ends)) for answer in found[:, rows.shape[1] :].tolist()]
+
+
+class StageTable(StageModels):
+    """Says at each stage's end what it did: a table where a bar is shown, else one line `stage_end {...}` in JSON."""
+
+    # Read only.
+    file_name = StageEvaluation.file_name
+
+    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+        """After stage t = `index`, on rank 0. The held-out pairs are what `StageEvaluation` has just measured."""
+        record = pl_module.record
+        if not trainer.is_global_zero or index == 0 or index not in record.folders:
+            return
+        logs = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsLog))
+        summary = asdict(logs.summaries[index]) if index in logs.summaries else {}
+        rows = [row for row in self.rows(trainer) if row["model"] == index]
+        count, place = len(trainer.datamodule.stages()), (record.folders[index], record.digests[index])
+        bar = shown_bar(trainer)
+        if bar is None:
+            log.info("%s", stage_line(index, count, summary, rows, *place))
+        else:
+            print_table(bar, stage_title(index, count, summary, *place), *stage_table(rows))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: what had ended before was said then."""
