@@ -108,7 +108,8 @@ class StageEvaluation(StageModels):
             return
         # The ranking has scored them.
         known = pl_module.m0_logps if index == 0 else None
-        table = score_pairs(pl_module.policy, trainer.datamodule.batches(ids), pl_module.score, known)
+        batches, title = trainer.datamodule.batches(ids), f"held-out pairs by M_{index}"
+        table = score_pairs(pl_module.policy, batches, pl_module.score, known, title)
         from_first_rank(lambda: self._write_table(trainer, pl_module, index, ids, table))
 
     def _write_table(

@@ -74,7 +74,8 @@ def print_table(bar: ProgressBar, title: str, heads: Sequence[str], rows: Sequen
         rows: cells.
     """
     if not isinstance(bar, RichProgressBar):
-        bar.print("\n".join([title, *plain_table(heads, rows)]))
+        # Not the bar's own `print`, which is silent once its pass has ended.
+        tqdm.write("\n".join([title, *plain_table(heads, rows)]), file=sys.stdout)
         return
     from rich import get_console
     from rich.table import Table
