@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ class Bars:
         """
         self._open = open_bar
 
-    def track(self, items: Iterable[Item], title: str) -> Iterator[Item]:
+    def track(self, items: Iterable[Item], title: str) -> Generator[Item, None, None]:
         """The items, with a bar that moves after each.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -43,8 +44,9 @@ def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokeniz
             adapter = dict(whole_tensors(list(adapter_state(backbone.model, TRAINED).items())))
             from_first_rank(lambda: write_adapter(backbone.model, adapter, staging))
         elif not is_sharded(backbone):
-            for write in BARS.track([lambda: backbone.model.save_pretrained(staging)], _title(staging)):
-                from_first_rank(write)
+            with closing(BARS.track([lambda: backbone.model.save_pretrained(staging)], _title(staging))) as writes:
+                for write in writes:
+                    from_first_rank(write)
         elif from_first_rank(lambda: _is_converted(backbone)):
             # Several of our weights make one of the file's, or the reverse: all are needed at once.
             named = backbone.model.state_dict(keep_vars=True).items()
@@ -95,10 +97,11 @@ def _stream(backbone: CausalBackbone, staging: Path) -> None:
     from_first_rank(lambda: _write_configs(backbone, staging))
     files = _files([(name, tensor.numel() * tensor.element_size()) for name, tensor in named])
     tensors = whole_tensors(named)
-    for number, names in BARS.track(list(enumerate(files, 1)), _title(staging)):
-        part = dict(next(tensors) for _ in names)
-        path = staging / _file_name(number, len(files))
-        from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
+    with closing(BARS.track(list(enumerate(files, 1)), _title(staging))) as parts:
+        for number, names in parts:
+            part = dict(next(tensors) for _ in names)
+            path = staging / _file_name(number, len(files))
+            from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
     if len(files) > 1:
         index = {name: _file_name(number, len(files)) for number, names in enumerate(files, 1) for name in names}
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -45,8 +46,9 @@ def score_pairs(
     model.eval()
     rows: list[tuple[Tensor, ...]] = []
     try:
-        with torch.no_grad(), CASTS.held():
-            for batch in BARS.track(batches, title):
+        # Closed at once, else a bar would outlive an error here.
+        with torch.no_grad(), CASTS.held(), closing(BARS.track(batches, title)) as tracked:
+            for batch in tracked:
                 _leave_if_asked(device)
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)

@@ -196,7 +196,7 @@ def test_on_a_terminal(tmp_path, tiny_model_dir, sources, bar):
         said += part
     assert process.wait(60) == 0, said[-3000:]
     text = ESCAPES.sub("", said.decode(errors="replace"))
-    for wanted in ("ranking by M_0", "logps of stage 2's reference", "writing 01-", "left for all stages", "held out"):
+    for wanted in ("ranking by M_0", "logps of stage 2's reference", "writing 01-", "left for all stages", "since M_0"):
         assert wanted in text, wanted
     assert re.search(r"stage 2/2 \w, reference M_1 [0-9a-f]{8}, ", text) and "stage_end" not in text
     assert len(re.findall(r"stage \d/2 \w done:", text)) == 2
@@ -212,7 +212,7 @@ def test_without_a_terminal_nothing_is_drawn(tmp_path, tiny_model_dir, sources, 
     assert "\r" not in both and "\x1b" not in both and "left for all stages" not in both
     lines = [line for line in done.stderr.splitlines() if line.startswith("stage_end ")]
     assert [json.loads(line.split(" ", 1)[1])["stage"] for line in lines] == [1, 2]
-    assert "held out" not in both
+    assert "since M_0" not in both
 
 
 def test_a_run_without_held_out_pairs_has_its_line_too(tmp_path, tiny_model_dir, sources, caplog):
