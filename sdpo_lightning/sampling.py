@@ -108,10 +108,10 @@ class DrawByUniforms(LogitsProcessor):
     What is drawn is left as the only possible token, so a greedy `generate` takes it.
 
     Args:
-        numbers: `[B, T]` in [0, 1), one a token.
+        numbers: `[B, T]` float64 in [0, 1), one a token, on the CPU.
 
     Attributes:
-        entropies: of each step `[B]` (nats).
+        entropies: of each step `[B]` (nats), on the CPU.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -120,14 +120,17 @@ class DrawByUniforms(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `[B, V]` -> 0 at the token that is drawn, -inf elsewhere."""
-        logps = scores.double().log_softmax(-1)
+        # On the CPU: CUDA's cumsum isn't deterministic, and refuses where only such kernels are allowed.
+        logps = scores.cpu().double().log_softmax(-1)
         chances = logps.exp()
         self.entropies.append(-torch.where(chances > 0, chances * logps, 0.0).sum(-1))
         sums = chances.cumsum(-1)
-        drawn = self._numbers[:, len(self.entropies) - 1, None].to(sums) * sums[:, -1:]
+        drawn = self._numbers[:, len(self.entropies) - 1, None] * sums[:, -1:]
         # The first token whose sum is beyond the number: one of probability 0 never is.
         tokens = torch.searchsorted(sums, drawn, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -math.inf).scatter(1, tokens, 0.0)
+        result = torch.full_like(scores, -math.inf)
+        result[torch.arange(len(scores), device=scores.device), tokens[:, 0].to(scores.device)] = 0.0
+        return result
 
 
 @torch.no_grad()
