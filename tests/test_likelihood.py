@@ -63,7 +63,14 @@ def test_the_change_by_hand():
     assert chosen_change(policy, sft, torch.tensor([True, True, False])).tolist() == [-2.0, 2.0]
 
 
-@pytest.mark.parametrize("reference", [ResidentReference, CachedFixedReference, lambda: UpdatingReference(1)])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ResidentReference,
+        pytest.param(CachedFixedReference, marks=pytest.mark.slow),
+        pytest.param(lambda: UpdatingReference(1), marks=pytest.mark.slow),
+    ],
+)
 def test_one_warning_a_stage_says_how_far_below_s(tmp_path, tiny_model_dir, sources, caplog, reference):
     # The whole pass is one block, so that the number is a mean of what `metrics.csv` has.
     guard = LikelihoodGuard(1e-4, block_steps=100)

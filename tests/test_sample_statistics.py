@@ -177,7 +177,14 @@ class Watched(SampleStatistics):
         return drawn
 
 
-@pytest.mark.parametrize("reference", [ResidentReference, CachedReference, CachedFixedReference])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        CachedReference,
+        pytest.param(ResidentReference, marks=pytest.mark.slow),
+        pytest.param(CachedFixedReference, marks=pytest.mark.slow),
+    ],
+)
 def test_the_log_agrees_with_plain_models(tmp_path, tiny_model_dir, tiny_tokenizer, sources, reference):
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -262,6 +269,7 @@ def test_adapters(tmp_path, tiny_model_dir, sources, reference):
     assert all(row["samples/kl_reference"] != row["samples/kl_sft"] for row in by_stage["2"])
 
 
+@pytest.mark.slow
 def test_a_moved_reference_is_not_taken_for_s(tmp_path, tiny_model_dir, sources):
     fit(tmp_path, tiny_model_dir, sources, None, UpdatingReference(1), [small(1)], **ARGS)
     first, second, third = rows_of(tmp_path)[:3]
