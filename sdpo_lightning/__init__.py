@@ -19,6 +19,8 @@ _HOMES = {
     "StageCheckpoint": "checkpoint",
     "StageEvaluation": "stage_models",
     "StageSamples": "stage_models",
+    "SampleStatistics": "sample_statistics",
+    "LikelihoodGuard": "likelihood",
     "Fork": "fork",
     "BackgroundWrites": "checkpoint_writes",
     "FSDP2Strategy": "strategy",

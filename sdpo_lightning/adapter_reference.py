@@ -132,6 +132,22 @@ def frozen_adapter(policy: CausalBackbone, folder: Path | None, first: FirstAdap
     return FrozenAdapter(policy)
 
 
+@contextmanager
+def frozen_adapter_kept(policy: CausalBackbone) -> Iterator[None]:
+    """Give the frozen adapter its values back, whatever is read into it within.
+
+    Args:
+        policy: with adapters.
+    """
+    before = {name: _own_part(t).clone() for name, t in adapter_state(policy.model, REFERENCE).items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in adapter_state(policy.model, REFERENCE).items():
+                _own_part(tensor).copy_(before[name])
+
+
 def model_digest(model: nn.Module) -> str:
     """Digest of a model's weights, or of base and frozen adapter."""
     return model.digest() if isinstance(model, FrozenAdapter) else weights_digest(model)

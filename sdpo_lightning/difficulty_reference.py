@@ -34,4 +34,4 @@ def score_by_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Lo
         name = type(data.collator).__name__
         found = f"`data.difficulty_reference`: {name} isn't exact for it ({problem})"
         raise ConfigurationError(f"{found}; set `data.layout`, `padded` at last")
-    return score_pairs(model, data.batches(data.ranking_ids()), pl_module.score)
+    return score_pairs(model, data.batches(data.ranking_ids()), pl_module.score, title="ranking by the other model")

@@ -1,4 +1,4 @@
-"""Rank 1: f-divergences between policy and reference: f' of the ratio instead of its logarithm."""
+"""Rank 1: f-divergences between policy and reference: f' of the ratio instead of its logarithm; an estimate of KL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_lightning.types import ConfigurationError
+from sdpo_lightning.types import ConfigurationError, PairLogps
 
 # Beyond it exp overflows fp32.
 _LARGEST_EXPONENT = 80.0
@@ -77,3 +77,19 @@ class AlphaDivergence(Divergence):
         if abs(power) < 1e-6:
             return log_ratios
         return (torch.exp((power * log_ratios).clamp(max=_LARGEST_EXPONENT)) - 1.0) / power
+
+
+def k2(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """(log pi(y | x) - log pi_ref(y | x))^2 / 2 of both answers of each pair.
+
+    Schulman's k2 (http://joschu.net/blog/kl-approx.html): over answers of the policy its mean estimates a small
+    KL(policy || reference). Over other answers, as the data's, it is a distance on those.
+
+    Args:
+        policy: logps `[B]`.
+        reference: logps `[B]`.
+
+    Returns:
+        `[2, B]` float64, nats: of the chosen and the rejected answers.
+    """
+    return torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).double() ** 2 / 2

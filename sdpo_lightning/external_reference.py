@@ -130,6 +130,8 @@ class CachedExternalReference(OutsideReference):
         quantization: of its weights while it scores: `nf4` or `int8`.
     """
 
+    scores_any_pair = False
+
     def __init__(
         self,
         model_name_or_path: str,
@@ -186,7 +188,7 @@ class CachedExternalReference(OutsideReference):
             model = inputs.load(self.model_name_or_path, self.quantization)
             digest = _digest(model, self.quantization)
             log.info("scoring all pairs by %s", name)
-            table = score_pairs(model, batches, inputs.score)
+            table = score_pairs(model, batches, inputs.score, title="logps of the external reference")
             del model
             gc.collect()
             torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from sdpo_lightning.adapters import TRAINED, adapter_state, merged_state, write_adapter
 from sdpo_lightning.backbone import CausalBackbone
+from sdpo_lightning.bars import BARS
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import new_folder
 from sdpo_lightning.ranks import from_first_rank
@@ -42,7 +44,9 @@ def save_hf(backbone: CausalBackbone, folder: Path, tokenizer: PreTrainedTokeniz
             adapter = dict(whole_tensors(list(adapter_state(backbone.model, TRAINED).items())))
             from_first_rank(lambda: write_adapter(backbone.model, adapter, staging))
         elif not is_sharded(backbone):
-            from_first_rank(lambda: backbone.model.save_pretrained(staging))
+            with closing(BARS.track([lambda: backbone.model.save_pretrained(staging)], _title(staging))) as writes:
+                for write in writes:
+                    from_first_rank(write)
         elif from_first_rank(lambda: _is_converted(backbone)):
             # Several of our weights make one of the file's, or the reverse: all are needed at once.
             named = backbone.model.state_dict(keep_vars=True).items()
@@ -83,16 +87,21 @@ def _distinct(backbone: CausalBackbone) -> list[tuple[str, Tensor]]:
     return list(found.values())
 
 
+def _title(staging: Path) -> str:
+    return f"writing {staging.name.removeprefix('.').removesuffix('.tmp')}"
+
+
 def _stream(backbone: CausalBackbone, staging: Path) -> None:
     named = _distinct(backbone)
     # Configs only; the weights come one by one.
     from_first_rank(lambda: _write_configs(backbone, staging))
     files = _files([(name, tensor.numel() * tensor.element_size()) for name, tensor in named])
     tensors = whole_tensors(named)
-    for number, names in enumerate(files, 1):
-        part = dict(next(tensors) for _ in names)
-        path = staging / _file_name(number, len(files))
-        from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
+    with closing(BARS.track(list(enumerate(files, 1)), _title(staging))) as parts:
+        for number, names in parts:
+            part = dict(next(tensors) for _ in names)
+            path = staging / _file_name(number, len(files))
+            from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
     if len(files) > 1:
         index = {name: _file_name(number, len(files)) for number, names in enumerate(files, 1) for name in names}
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sdpo_lightning.bars import BARS
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import publish
@@ -29,6 +31,7 @@ def score_pairs(
     batches: Iterable[PreferenceBatch],
     compute_logps: ComputeLogps,
     known: LogpTable | None = None,
+    title: str = "scoring",
 ) -> LogpTable:
     """Logps of all pairs, in eval mode and without gradients; the ranks' shares are gathered.
 
@@ -37,14 +40,16 @@ def score_pairs(
         batches: this rank's share.
         compute_logps: `model, batch -> PairLogps`.
         known: pairs that need no forward.
+        title: of the progress bar, where one is shown.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     rows = _Rows()
     try:
-        with torch.no_grad(), CASTS.held():
-            for batch in batches:
+        # Closed at once, else a bar would outlive an error here.
+        with torch.no_grad(), CASTS.held(), closing(BARS.track(batches, title)) as tracked:
+            for batch in tracked:
                 _leave_if_asked(device)
                 batch = batch.to(device)
                 logps, have = known.lookup(batch.pair_id) if known else (None, None)

@@ -13,11 +13,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from sdpo_lightning.bars import BARS
 from sdpo_lightning.check_report import source_lines
 from sdpo_lightning.data.endings import pairs_trained
 from sdpo_lightning.files import MetricsFile, write_json
 from sdpo_lightning.metrics import PreferenceMetrics
-from sdpo_lightning.types import PreferenceBatch, Stage
+from sdpo_lightning.stage_lines import clock
+from sdpo_lightning.terminal import bar_opener, is_terminal
+from sdpo_lightning.types import PreferenceBatch, Stage, StageRecord
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +161,29 @@ def peak_memory() -> int:
 
 
 class StageProgress(pl.Callback):
-    """Says at the start what `check` says of the rows; then stage, source and time left in Lightning's bar."""
+    """Says at the start what `check` says of the rows; then stage, source and time left in Lightning's bar.
+
+    Passes without a bar of Lightning's (ranking, cached logps, exports) get one in the same manner. Where nobody
+    watches stdout no bar is shown at all.
+    """
 
     def __init__(self) -> None:
         self._began: tuple[float, int] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Decide whether bars are shown."""
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, TQDMProgressBar | RichProgressBar) and not is_terminal():
+            bar.disable()
+        BARS.use(bar_opener(trainer))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """No bars from now on."""
+        BARS.use(None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """No bars from now on."""
+        BARS.use(None)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rows kept, cut and dropped by reason, and lengths, of each source. What is to be warned of was said."""
@@ -178,23 +200,20 @@ class StageProgress(pl.Callback):
         bar = trainer.progress_bar_callback
         if self._began is None:
             self._began = (time.perf_counter(), trainer.global_step)
-        text = self._text(trainer, pl_module.stage)
+        text = self._text(trainer, pl_module.stage, pl_module.record)
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
             bar.train_progress_bar.set_description(text)
         elif isinstance(bar, RichProgressBar) and bar.progress is not None:
             bar.progress.update(bar.train_progress_bar_id, description=text)
 
-    def _text(self, trainer: pl.Trainer, stage: Stage) -> str:
+    def _text(self, trainer: pl.Trainer, stage: Stage, record: StageRecord) -> str:
         stages = trainer.datamodule.stages()
         total = sum(s.num_steps for s in stages)
         assert self._began is not None
         began, first = self._began
         done = trainer.global_step - first
-        left = "?" if done < 1 else _clock((time.perf_counter() - began) / done * (total - trainer.global_step))
-        return f"stage {stage.index}/{len(stages)} {stage.name}, {left} left for all stages"
+        left = "?" if done < 1 else clock((time.perf_counter() - began) / done * (total - trainer.global_step))
+        index = record.reference
+        reference = f"{'external' if index < 0 else f'M_{index}'} {record.digests[index][:8]}"
+        return f"stage {stage.index}/{len(stages)} {stage.name}, reference {reference}, {left} left for all stages"
 
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""Rank 1: rows of `matrix.json`: what a model M_t makes of each source's held-out pairs."""
+"""Rank 2: rows of `matrix.json`: what a model M_t makes of each source's held-out pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_lightning.divergences import k2
 from sdpo_lightning.types import LogpTable, PairLogps
 
 # Answers of like length: the shorter one has at least 90 % of the longer one's tokens.
@@ -34,6 +35,9 @@ def matrix_rows(
     Returns:
         `model`, `source`, `pairs`; `gamma` (nats) and `gamma_standard_error`; `accuracy` (share with gamma > 0, ties
         1/2); `reward_accuracy_m0` and `reward_accuracy` against M_0 and M_{t-1} (ties 0; None where one isn't known);
+        `kl_estimate_m0` and `kl_estimate` to the same two, each with `..._standard_error` (nats an answer): the mean of
+        `divergences.k2` over both answers of all pairs. These are the data's answers and not the model's own, so it is
+        a distance on the data; a KL is what `SampleStatistics` measures;
         `chosen_logps_per_token`, `rejected_logps_per_token`; `chosen_length`, `rejected_length` (mean tokens);
         `length_controlled_accuracy` and `length_controlled_pairs`, of pairs whose lengths differ by 10 % at most.
     """
@@ -44,6 +48,7 @@ def matrix_rows(
         row = {"model": model, "source": source_of(int(ids[0])), "pairs": len(ids)} | _of_one_model(logps)
         row["reward_accuracy_m0"] = _reward_accuracy(logps, m0, ids)
         row["reward_accuracy"] = _reward_accuracy(logps, before, ids)
+        row |= _kl_estimate("kl_estimate_m0", logps, m0, ids) | _kl_estimate("kl_estimate", logps, before, ids)
         rows.append(row)
     return rows
 
@@ -55,7 +60,7 @@ def _of_one_model(logps: PairLogps) -> dict[str, Any]:
     like = (logps.chosen_lengths - logps.rejected_lengths).abs() <= LIKE_LENGTH * longer
     return {
         "gamma": gamma.mean().item(),
-        "gamma_standard_error": gamma.std().item() / math.sqrt(len(gamma)) if len(gamma) > 1 else None,
+        "gamma_standard_error": _standard_error(gamma),
         "accuracy": right.mean().item(),
         "chosen_logps_per_token": _mean(logps.chosen / logps.chosen_lengths),
         "rejected_logps_per_token": _mean(logps.rejected / logps.rejected_lengths),
@@ -70,13 +75,32 @@ def _mean(values: Tensor) -> float:
     return values.double().mean().item()
 
 
-def _reward_accuracy(policy: PairLogps, table: LogpTable | None, ids: Tensor) -> float | None:
+def _of(table: LogpTable | None, ids: Tensor) -> PairLogps | None:
+    """Logps of all these pairs, or None."""
     if table is None:
         return None
-    reference, known = table.lookup(ids)
-    if not bool(known.all()):
+    logps, known = table.lookup(ids)
+    return logps if bool(known.all()) else None
+
+
+def _reward_accuracy(policy: PairLogps, table: LogpTable | None, ids: Tensor) -> float | None:
+    reference = _of(table, ids)
+    if reference is None:
         return None
     return _mean(policy.chosen - reference.chosen > policy.rejected - reference.rejected)
+
+
+def _kl_estimate(name: str, policy: PairLogps, table: LogpTable | None, ids: Tensor) -> dict[str, float | None]:
+    reference = _of(table, ids)
+    if reference is None:
+        return {name: None, f"{name}_standard_error": None}
+    # The two answers of a pair have a prompt in common: one number a pair.
+    pairs = k2(policy, reference).mean(0)
+    return {name: pairs.mean().item(), f"{name}_standard_error": _standard_error(pairs)}
+
+
+def _standard_error(values: Tensor) -> float | None:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from sdpo_lightning.export import StageExport
 from sdpo_lightning.external_inputs import load_external
 from sdpo_lightning.fork import Fork
 from sdpo_lightning.held_out import HeldOutPairs
+from sdpo_lightning.likelihood import LikelihoodGuard
 from sdpo_lightning.loading import load_on_ranks, store_frozen_
 from sdpo_lightning.logs import MetricsLog, StageProgress
 from sdpo_lightning.loop_progress import ACCUMULATE, rescale_
@@ -47,7 +48,7 @@ from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
 from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.stage_judge import judge_settings
-from sdpo_lightning.stage_models import StageEvaluation, StageSamples
+from sdpo_lightning.stage_models import StageEvaluation, StageSamples, StageTable
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import (
     ConfigurationError,
@@ -262,7 +263,7 @@ class DPOLitModule(HeldOutPairs):
         """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
         present = self.trainer.callbacks
         makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress, ContaminationGuard]
-        makers += [StageEvaluation, StageSamples, RunReport]
+        makers += [StageEvaluation, StageSamples, StageTable, LikelihoodGuard, RunReport]
         if self.trainer.checkpoint_callbacks:
             # None at all: `enable_checkpointing=False` is the user's word.
             makers.append(StageCheckpoint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,7 @@ def collect_random_states() -> list[dict[str, Any]]:
     Returns:
         One dictionary a rank; loadable with `weights_only=True`.
     """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    assert version == 3 and name == "MT19937"
-    mine = {
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python_gauss": gauss,
-        "numpy": torch.from_numpy(keys.astype(np.int64)),
-        "numpy_rest": [int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-    }
+    mine = _own_states()
     if not dist.is_initialized():
         return [mine]
     states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
@@ -38,18 +29,45 @@ def collect_random_states() -> list[dict[str, Any]]:
     return states
 
 
+def _own_states() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert version == 3 and name == "MT19937"
+    return {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "python_gauss": gauss,
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": [int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
 def restore_random_states(states: Sequence[dict[str, Any]]) -> None:
     """Set this rank's random states; a rank that wasn't there when they were saved keeps its own."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank >= len(states):
         return
-    state = states[rank]
+    _set_states(states[rank])
+
+
+def _set_states(state: dict[str, Any]) -> None:
     random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
     position, has_gauss, cached = state["numpy_rest"]
     np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Give this rank's random states back as they were, whatever is drawn within."""
+    before = _own_states()
+    try:
+        yield
+    finally:
+        _set_states(before)
 
 
 def states_path(run_dir: Path, stage_index: int) -> Path:

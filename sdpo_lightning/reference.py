@@ -37,9 +37,11 @@ class ReferencePolicy(ABC):
             Then the self-check compares their logps wherever it is the M_t that the policy starts from.
         tolerance: largest |policy - reference| / max(1, |logp|) at that step, in fp32.
         tolerance_bf16: the same under bf16 autocast.
+        scores_any_pair: whether `logps` takes pairs that no stage was given, as drawn answers are; it needs weights.
     """
 
     starts_at_policy = True
+    scores_any_pair = True
     tolerance = 1e-6
     tolerance_bf16 = 1e-6
 
@@ -205,6 +207,7 @@ class CachedReference(ReferencePolicy):
 
     tolerance = 1e-5
     tolerance_bf16 = 1e-2
+    scores_any_pair = False
 
     def __init__(self) -> None:
         self._table: LogpTable | None = None
@@ -223,7 +226,8 @@ class CachedReference(ReferencePolicy):
         return folder / f"{stage.index:02d}.safetensors"
 
     def _score(self, model: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
-        table, path = score_pairs(model, inputs.batches, self._compute_logps, inputs.known), self.table_path
+        title, path = f"logps of stage {stage.index}'s reference", self.table_path
+        table = score_pairs(model, inputs.batches, self._compute_logps, inputs.known, title)
         from_first_rank(lambda: write_table(path(inputs.folder, stage), table, cache_key(inputs)))
         self._table = table
 
@@ -248,6 +252,17 @@ class CachedReference(ReferencePolicy):
         """Look the pairs up."""
         assert self._table is not None, "the reference is asked before the stage began"
         return known_logps(self._table, batch)
+
+
+def is_sft(reference: ReferencePolicy, index: int) -> bool:
+    """Whether a reference is S throughout the stage under way, so that its logps are S's.
+
+    Args:
+        reference: not one that follows the policy within a stage, or that doesn't say what it is.
+        index: of the M_t that it was when the stage began.
+    """
+    stays = type(reference).after_step is ReferencePolicy.after_step
+    return index == 0 and stays and reference.starts_at_policy
 
 
 def check_reference_digest(index: int, path: str, found: str, expected: str) -> None:

@@ -30,6 +30,7 @@ class Run:
         steps: rows of `metrics.csv`: column -> value, empty cells left out.
         matrix: rows of `matrix.json`, or what `metrics.csv` has of it: a model and a source each.
         samples: rows of `samples.json`: `model`, `prompt`, `source`, `answer`, `tokens`.
+        drawn: rows of `sample_statistics.csv`, where the run measured that; as `steps`.
         findings: rows of `contamination.json`.
         config: text of `config.yaml`.
         versions: name -> version.
@@ -44,6 +45,7 @@ class Run:
     steps: list[dict[str, float]] = field(default_factory=list)
     matrix: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+    drawn: list[dict[str, float]] = field(default_factory=list)
     findings: list[Row] = field(default_factory=list)
     config: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -97,7 +99,9 @@ def read_run(folder: Path) -> Run:
     planned = {row["index"]: row for row in curriculum.get("stages", [])}
     summarised = {row["index"]: row for row in _json(run, "summary.json").get("stages", [])}
     run.stages = [planned.get(i, {}) | summarised.get(i, {}) for i in sorted(planned.keys() | summarised.keys())]
-    run.steps = _steps(run)
+    run.steps = _steps(run, "metrics.csv")
+    if (folder / "sample_statistics.csv").exists():
+        run.drawn = _steps(run, "sample_statistics.csv")
     run.matrix = _json(run, "matrix.json").get("rows", []) or _matrix_of_steps(run)
     run.samples = _json(run, "samples.json").get("rows", [])
     run.findings = _json(run, "contamination.json").get("findings", [])
@@ -124,8 +128,8 @@ def _json(run: Run, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _steps(run: Run) -> list[dict[str, float]]:
-    rows = csv.DictReader(_text(run, "metrics.csv").splitlines())
+def _steps(run: Run, name: str) -> list[dict[str, float]]:
+    rows = csv.DictReader(_text(run, name).splitlines())
     read = [{key: float(value) for key, value in row.items() if key and value} for row in rows]
     # The last line of a run that is being written may be cut off.
     return [row for row in read if {"step", "stage/index"} <= row.keys()]

@@ -25,18 +25,26 @@ def ranking_chart(run: Run) -> BarChart | None:
 
 def gamma_chart(run: Run) -> LineChart | None:
     """gamma of each M_t on each source's held-out pairs (arXiv 2403.19270, Fig. 2)."""
+    note = "What gamma_ref is where M_t is the reference: nats, held-out pairs, with one standard error."
+    return _model_chart(run, "gamma", "Mean gamma of each model", "gamma", note)
+
+
+def distance_chart(run: Run) -> LineChart | None:
+    """How far each M_t is from S on each source's held-out pairs."""
+    note = "Half the squared change of an answer's logp since S, the data's answers: no KL, but it grows with it."
+    return _model_chart(run, "distance", "Distance of each model from S, nats", "kl_estimate_m0", note)
+
+
+def _model_chart(run: Run, key: str, title: str, column: str, note: str) -> LineChart | None:
     lines = []
     for source in run.measured_sources():
         cells = [(t, run.cell(t, source)) for t in run.models()]
-        cells = [(t, cell) for t, cell in cells if is_number(cell.get("gamma"))]
-        errors = tuple(cell.get("gamma_standard_error") or 0.0 for _, cell in cells)
-        lines.append(Series(source, tuple((float(t), cell["gamma"]) for t, cell in cells), errors))
+        cells = [(t, cell) for t, cell in cells if is_number(cell.get(column))]
+        errors = tuple(cell.get(f"{column}_standard_error") or 0.0 for _, cell in cells)
+        lines.append(Series(source, tuple((float(t), cell[column]) for t, cell in cells), errors))
     lines = [line for line in lines if line.points]
     ticks = {float(t): f"M_{t}" for t in run.models()}
-    note = "What gamma_ref is where M_t is the reference: nats, held-out pairs, with one standard error."
-    return (
-        LineChart("gamma", "Mean gamma of each model", "model", tuple(lines), (), 0.0, ticks, note) if lines else None
-    )
+    return LineChart(key, title, "model", tuple(lines), (), 0.0, ticks, note) if lines else None
 
 
 def step_chart(run: Run, key: str, title: str, columns: dict[str, str], level: float | None = None) -> LineChart | None:
@@ -137,10 +145,39 @@ def length_charts(run: Run) -> list[Chart]:
     return charts
 
 
+def drawn_charts(run: Run) -> list[Chart]:
+    """What `SampleStatistics` measured on answers that the policy drew itself."""
+    note = "Monte Carlo means, with one standard error; M_0 is S."
+    kl = {"samples/kl_reference": "to the reference", "samples/kl_sft": "to S"}
+    charts = [
+        _drawn(run, "kl", "KL of the policy, nats an answer", kl, 0.0, note),
+        _drawn(run, "entropy", "Entropy, nats a token", {"samples/entropy": "entropy"}),
+        _drawn(run, "drawn_length", "Tokens of drawn answers", {"samples/answer_length": "tokens"}),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _drawn(
+    run: Run, key: str, title: str, columns: dict[str, str], level: float | None = None, note: str = ""
+) -> LineChart | None:
+    lines = []
+    for column, name in columns.items():
+        rows = [row for row in run.drawn if is_number(row.get(column))]
+        points = tuple((row["step"], row[column]) for row in rows)
+        lines.append(Series(name, points, tuple(row.get(f"{column}_standard_error", 0.0) for row in rows)))
+    lines = [line for line in lines if line.points]
+    return LineChart(key, title, "optimizer step", tuple(lines), (), level, {}, note) if lines else None
+
+
+def source_charts(run: Run) -> list[Chart]:
+    """What M_0 and later models make of each source."""
+    charts = (ranking_chart(run), gamma_chart(run), distance_chart(run))
+    return [chart for chart in charts if chart is not None]
+
+
 def run_charts(run: Run) -> list[Chart]:
     """All charts of a run."""
-    first = [chart for chart in (ranking_chart(run), gamma_chart(run)) if chart is not None]
-    return [*first, *training_charts(run), *length_charts(run), *cost_charts(run)]
+    return [*source_charts(run), *training_charts(run), *length_charts(run), *drawn_charts(run), *cost_charts(run)]
 
 
 def comparison_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:

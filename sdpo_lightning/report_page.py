@@ -11,9 +11,9 @@ from sdpo_lightning.report_data import Run, is_number
 from sdpo_lightning.report_figures import (
     comparison_charts,
     cost_charts,
-    gamma_chart,
+    drawn_charts,
     length_charts,
-    ranking_chart,
+    source_charts,
     training_charts,
 )
 from sdpo_lightning.report_style import CSS
@@ -35,10 +35,11 @@ def run_page(run: Run) -> str:
     )
     sections = [
         _section("Stages", [_stages(run)]),
-        _section("Sources and reference", [_charts([c for c in (ranking_chart(run), gamma_chart(run)) if c])]),
+        _section("Sources and reference", [_charts(source_charts(run))]),
         _section("Training", [_charts(training_charts(run))]),
         _section("Models and sources", [_heat_maps(run)]),
         _section("Length of answers", [_charts(length_charts(run))]),
+        _section("Answers drawn from the policy", [_charts(drawn_charts(run))]),
         _section("Samples", [_samples(run)]),
         _section("Time and memory", [_charts(cost_charts(run))]),
         _section("Data", [_data(run), _findings(run)]),

@@ -34,7 +34,7 @@ def score_by_m0(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         table = from_first_rank(lambda: read_table(parents, key))
     if table is None:
         log.info("scoring %d pairs by M_0", len(trainer.datamodule.ranking_ids()))
-        table = score_pairs(pl_module.policy, inputs.batches, pl_module.score)
+        table = score_pairs(pl_module.policy, inputs.batches, pl_module.score, title="ranking by M_0")
     pl_module.m0_logps = table
     if trainer.limit_train_batches:
         from_first_rank(lambda: write_table(_m0_path(trainer), table, key))

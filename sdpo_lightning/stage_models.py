@@ -1,4 +1,4 @@
-"""Rank 6: callbacks that look at S and at every M_t once, as soon as it is there: `StageEvaluation`, `StageSamples`.
+"""Rank 6: callbacks that look at S and at every M_t once, as soon as it is there: they score, sample and tell.
 
 M_{t-1} is the policy at the first batch of stage t, whether the run has just left stage t-1 or was resumed there, so
 nothing has to be read again. Neither touches a random state nor a weight.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from sdpo_lightning.attention import packed_rows
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
+from sdpo_lightning.likelihood import LikelihoodGuard
+from sdpo_lightning.logs import MetricsLog
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import read_table, score_pairs, write_table
 from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
+from sdpo_lightning.sampling import Message, chosen_prompts, end_tokens, left_padded, until_end
 from sdpo_lightning.scoring import numerics
+from sdpo_lightning.stage_lines import stage_line, stage_table, stage_title
 from sdpo_lightning.strategy import sharding_of
+from sdpo_lightning.terminal import print_table, shown_bar
 from sdpo_lightning.types import ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)
-
-Message = dict[str, str]
 
 
 class StageModels(pl.Callback, ABC):
@@ -104,7 +108,8 @@ class StageEvaluation(StageModels):
             return
         # The ranking has scored them.
         known = pl_module.m0_logps if index == 0 else None
-        table = score_pairs(pl_module.policy, trainer.datamodule.batches(ids), pl_module.score, known)
+        batches, title = trainer.datamodule.batches(ids), f"held-out pairs by M_{index}"
+        table = score_pairs(pl_module.policy, batches, pl_module.score, known, title)
         from_first_rank(lambda: self._write_table(trainer, pl_module, index, ids, table))
 
     def _write_table(
@@ -115,7 +120,13 @@ class StageEvaluation(StageModels):
         key = self._key[1]
         write_table(_table_path(trainer, index), table, key)
         m0, before = (read_table(_table_path(trainer, t), key) if index else None for t in (0, index - 1))
-        self.write(trainer, matrix_rows(index, table, trainer.datamodule.source_of, m0, before))
+        rows = matrix_rows(index, table, trainer.datamodule.source_of, m0, before)
+        self.write(trainer, rows)
+        guards = [callback for callback in trainer.callbacks if isinstance(callback, LikelihoodGuard)]
+        if index and guards:
+            stage = trainer.datamodule.stages()[index - 1]
+            m0_rows = [row for row in self.rows(trainer) if row["model"] == 0]
+            guards[0].judge_held_out(pl_module, stage, rows, m0_rows)
 
 
 def _table_path(trainer: pl.Trainer, index: int) -> Path:
@@ -152,21 +163,11 @@ class StageSamples(StageModels):
         if not trainer.is_global_zero:
             return
         try:
-            prompts = self._prompts(trainer)
+            prompts = chosen_prompts(trainer.datamodule, self.prompts, self.default_count)
             if prompts:
                 self.write(trainer, self._rows(trainer, pl_module, index, prompts))
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
             log.warning("no sample answers of M_%d: %s", index, error)
-
-    def _prompts(self, trainer: pl.Trainer) -> list[tuple[str | None, list[int]]]:
-        """Source, where it is one's, and ids of each prompt."""
-        data = trainer.datamodule
-        if self.prompts is not None:
-            return [(None, _prompt_ids(data.tokenizer, prompt)) for prompt in self.prompts]
-        # One of each source, then the next of each.
-        lists = [report.val_ids or report.train_ids for report in data.reports.values()]
-        ids = [part[n] for n in range(self.default_count) for part in lists if n < len(part)][: self.default_count]
-        return [(data.source_of(i), pair.prompt_ids) for i, pair in zip(ids, data.store.get(ids), strict=True)]
 
     def _rows(
         self,
@@ -188,12 +189,11 @@ class StageSamples(StageModels):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prompts: list[tuple[str | None, list[int]]]
     ) -> list[list[int]]:
         policy, data = pl_module.policy, trainer.datamodule
-        model, pad, width = policy.model, data.pad_token_id, max(len(ids) for _, ids in prompts)
-        rows = torch.tensor([[pad] * (width - len(ids)) + ids for _, ids in prompts], device=pl_module.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, ids in prompts], device=pl_module.device)
-        eos = model.generation_config.eos_token_id or data.tokenizer.eos_token_id
+        model, pad = policy.model, data.pad_token_id
+        rows, mask = left_padded([ids for _, ids in prompts], pad, pl_module.device)
+        ends = end_tokens(model, data.tokenizer)
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=eos, pad_token_id=pad
+            max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad
         )
         was_training = policy.training
         policy.eval()
@@ -202,17 +202,29 @@ class StageSamples(StageModels):
                 found = model.generate(input_ids=rows, attention_mask=mask, generation_config=settings)
         finally:
             policy.train(was_training)
-        ends = set(eos if isinstance(eos, list) else [eos])
-        return [_until(answer, ends) for answer in found[:, width:].tolist()]
+        return [until_end(answer, set(ends)) for answer in found[:, rows.shape[1] :].tolist()]
 
 
-def _until(answer: list[int], ends: set[int]) -> list[int]:
-    """Up to the first end token, which counts; what follows is padding."""
-    end = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
-    return answer[: end + 1]
+class StageTable(StageModels):
+    """Says at each stage's end what it did: a table where a bar is shown, else one line `stage_end {...}` in JSON."""
 
+    # Read only.
+    file_name = StageEvaluation.file_name
 
-def _prompt_ids(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+        """After stage t = `index`, on rank 0. The held-out pairs are what `StageEvaluation` has just measured."""
+        record = pl_module.record
+        if not trainer.is_global_zero or index == 0 or index not in record.folders:
+            return
+        logs = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsLog))
+        summary = asdict(logs.summaries[index]) if index in logs.summaries else {}
+        rows = [row for row in self.rows(trainer) if row["model"] == index]
+        count, place = len(trainer.datamodule.stages()), (record.folders[index], record.digests[index])
+        bar = shown_bar(trainer)
+        if bar is None:
+            log.info("%s", stage_line(index, count, summary, rows, *place))
+        else:
+            print_table(bar, stage_title(index, count, summary, *place), *stage_table(rows))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: what had ended before was said then."""

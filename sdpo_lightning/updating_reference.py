@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_
+from sdpo_lightning.divergences import k2
 from sdpo_lightning.ranks import from_every_rank
 from sdpo_lightning.reference import ResidentReference
 from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ReferenceInputs, RunFacts, Stage
@@ -214,8 +215,7 @@ def k2_sums(weights: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
         `[2]` float64.
     """
     real = weights > 0
-    ratios = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).double()
-    halves = torch.where(real, ratios**2 / 2, 0.0)
+    halves = torch.where(real, k2(policy, reference), 0.0)
     return torch.stack([halves.sum(), 2.0 * real.sum().double()])
 
 

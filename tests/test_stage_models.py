@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sdpo_lightning import PreferenceSource, StageEvaluation, StageSamples
 from sdpo_lightning.cli import main
 from sdpo_lightning.matrix import matrix_rows, merged
-from sdpo_lightning.stage_models import _until
+from sdpo_lightning.sampling import until_end
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
 ARGS = {"order": "easy_to_hard", "val_fraction": 0.4, "shuffle": True}
@@ -70,6 +70,10 @@ def test_a_row_by_hand():
     # Changes since M_0: 2 and -1; 1 and 0; none, and a tie counts 0.
     assert first["reward_accuracy_m0"] == pytest.approx(2 / 3)
     assert first["reward_accuracy"] is None
+    # Halves of the squares: (2 + .5) / 2, (.5 + 0) / 2 and 0: mean 1.5 / 3, deviations .75, -.25, -.5.
+    assert first["kl_estimate_m0"] == pytest.approx(0.5)
+    assert first["kl_estimate_m0_standard_error"] == pytest.approx(((0.5625 + 0.0625 + 0.25) / 2 / 3) ** 0.5)
+    assert first["kl_estimate"] is None and other["kl_estimate_m0_standard_error"] is None
     # -10/10, -20/10, -8/4 and -13/9, -16/8, -8/4.
     assert first["chosen_logps_per_token"] == pytest.approx(-5 / 3)
     assert first["rejected_logps_per_token"] == pytest.approx(-(13 / 9 + 4) / 3)
@@ -207,8 +211,8 @@ def test_the_command_line_takes_them(tmp_path, tiny_model_dir, sources):
 
 
 def test_an_answer_ends_with_its_end_token():
-    assert _until([5, 6, 1, 0, 0], {1}) == [5, 6, 1]
-    assert _until([5, 6, 7], {1}) == [5, 6, 7]
+    assert until_end([5, 6, 1, 0, 0], {1}) == [5, 6, 1]
+    assert until_end([5, 6, 7], {1}) == [5, 6, 7]
 
 
 def test_what_goes_wrong_in_samples_and_report_ends_no_run(tmp_path, tiny_model_dir, sources, monkeypatch, caplog):

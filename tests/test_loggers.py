@@ -1,0 +1,63 @@
+"""Lightning's loggers by class_path: the same names and values as in CSVLogger's file."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from helpers import make_rows, write_jsonl
+from runs import metrics
+
+from sdpo_lightning.cli import main
+
+
+def test_tensorboard_has_the_names_and_values_of_csv(tmp_path, tiny_model_dir):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = {
+        name: {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(tmp_path / name)}}
+        for name in ("CSVLogger", "TensorBoardLogger")
+    }
+    samples = {"every_n_steps": 3, "num_prompts": 2, "max_new_tokens": 2}
+    callbacks = [
+        {"class_path": "sdpo_lightning.SampleStatistics", "init_args": samples},
+        {"class_path": "sdpo_lightning.StageSamples", "init_args": {"prompts": []}},
+    ]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(8, seed, name)) for seed, name in enumerate("ab")]
+    given = {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": callbacks,
+            "logger": list(loggers.values()),
+        },
+        "model": {"model_name_or_path": str(tiny_model_dir)},
+        "data": {
+            "sources": [{"name": path.stem, "path": str(path)} for path in paths],
+            "batch_size": 2,
+            "max_length": 64,
+            "val_fraction": 0.3,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    main(["fit", f"--config={tmp_path / 'config.json'}"])
+    [path] = (tmp_path / "CSVLogger").rglob("metrics.csv")
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    names = set(rows[0]) - {"step"}
+    [events] = (tmp_path / "TensorBoardLogger").rglob("events.out.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    assert set(found.Tags()["scalars"]) - {"hp_metric"} == names
+    wanted = {"train/loss", "train/lr", "train/rewards_m0/margins", "stage/index", "samples/kl_sft", "val/a/loss"}
+    assert wanted < names
+    for name in names:
+        theirs = [float(row[name]) for row in rows if row[name]]
+        assert [event.value for event in found.Scalars(name)] == pytest.approx(theirs, rel=1e-5), name
+    # And of our own file.
+    ours = {key for row in metrics(tmp_path / "run") for key, value in row.items() if value}
+    assert ours - {"step"} <= names
+    losses = [float(row["train/loss"]) for row in metrics(tmp_path / "run")]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses, rel=1e-5)
