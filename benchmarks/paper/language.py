@@ -18,7 +18,7 @@ The sources stand for the paper's two (OpenOrca, UltraFeedback; arXiv 2403.19270
 
 | source | answers | label |
 |---|---|---|
-| `orca` | one of a strong and one of a weak writer, who differ in opening, topic and closing alone | the truth, turned round in 5 % |
+| `orca` | a strong and a weak writer's, who differ in opening, topic, closing | the truth, turned round in 5 % |
 | `feedback` | two of the SFT distribution | a rater who sees quality through noise, and likes fillers |
 """
 
@@ -151,7 +151,7 @@ def draw_answer(rng: random.Random, prompt: str, writer: Writer) -> str:
 
 
 def parsed(answer: str) -> tuple[int, int, int, str, str, int] | None:
-    """Grade of the opening, fillers, register, topic, detail and grade of the closing; None where it isn't of the form."""
+    """Grade of the opening, fillers, register, topic, detail, grade of the closing; None where it isn't of the form."""
     words = answer.split()
     count = sum(word in FILLERS for word in words)
     opening = next((grade for grade in _GRADED if words and words[0] in OPENINGS[grade]), None)

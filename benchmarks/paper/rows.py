@@ -125,6 +125,7 @@ class Row:
         policy_starts_at: `model.policy_starts_at`.
         beta: of the loss; None is the settings' own.
         lr: of AdamW; None is the settings' own.
+        epochs: passes over each chunk; None is the settings' own.
     """
 
     title: str
@@ -135,6 +136,7 @@ class Row:
     policy_starts_at: str = "previous"
     beta: float | None = None
     lr: float | None = None
+    epochs: int | None = None
 
     def settings(self, common: Settings) -> dict[str, Any]:
         """Plain values that a kept result must agree on."""
@@ -146,6 +148,7 @@ class Row:
             "policy_starts_at": self.policy_starts_at,
             "beta": self.beta or common.beta,
             "lr": self.lr or common.lr,
+            "epochs": self.epochs or common.epochs,
         }
 
 
@@ -171,7 +174,13 @@ def make_rows(settings: Settings) -> dict[str, Row]:
         "external": Row("DPO, external aligned reference", "pooled", reference=_external),
         "tr_dpo": Row("TR-DPO (soft, 0.6, 4 times)", "pooled", reference=_following),
     }
-    return rows | sdpo_betas(settings) | grid(settings)
+    return rows | line(settings) | sdpo_betas(settings) | grid(settings)
+
+
+def line(settings: Settings) -> dict[str, Row]:
+    """Plain DPO at one learning rate from much to little restraint: what it reaches at each KL."""
+    long = Row("DPO, half again as many steps", "pooled", epochs=settings.epochs + settings.epochs // 2)
+    return grid(settings, [settings.lr]) | {"dpo long": long}
 
 
 def sdpo_betas(settings: Settings) -> dict[str, Row]:

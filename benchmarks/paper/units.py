@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -156,46 +156,75 @@ class Bench:
         return found
 
     def _fit(self, row: Row, seed: int, folder: Path, pairs: Path) -> None:
-        settings, inputs = self.settings, self.inputs(seed)
-        lr = row.lr or settings.lr
         sources = [
             PreferenceSource(name, str(pairs / f"{name}.jsonl"), val_path=str(pairs / f"{name}.test.jsonl"))
             for name in SOURCES
         ]
-        data = CurriculumDataModule(
-            sources,
-            partition=row.partition,
-            order=row.order,
-            epochs_per_stage=settings.epochs,
-            batch_size=settings.batch_size,
-            pad_to_multiple_of=8,
-            max_length=32,
-            layout="padded",
-            seed=seed,
-            num_proc=1,
-        )
-        pl.seed_everything(seed, verbose=False)
-        module = row.module(
-            str(inputs.sft),
-            beta=row.beta or settings.beta,
-            reference=row.reference(settings, inputs),
-            optimizer=lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
-            policy_starts_at=row.policy_starts_at,
-        )
-        trainer = pl.Trainer(
-            default_root_dir=folder,
-            accelerator="cpu",
-            logger=False,
-            log_every_n_steps=1,
-            limit_val_batches=1,
-            gradient_clip_val=1.0,
-            check_val_every_n_epoch=10**6,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[StageSamples(prompts=[]), NoReport()],
-        )
-        trainer.fit(module, data)
+        fit(row, self.settings, self.inputs(seed), sources, seed, folder)
+
+
+def fit(
+    row: Row,
+    settings: Settings,
+    inputs: Inputs,
+    sources: Sequence[PreferenceSource],
+    seed: int,
+    folder: Path,
+    max_length: int = 32,
+    val_fraction: float = 0.0,
+) -> CurriculumDataModule:
+    """Train a row; the run's files lie in its folder.
+
+    Args:
+        row: what to train.
+        settings: what all rows have in common.
+        inputs: S, and the external reference.
+        sources: pairs.
+        seed: of the order of the pairs.
+        folder: empty.
+        max_length: `data.max_length`.
+        val_fraction: `data.val_fraction`.
+
+    Returns:
+        The data as the run has read it.
+    """
+    lr = row.lr or settings.lr
+    data = CurriculumDataModule(
+        list(sources),
+        partition=row.partition,
+        order=row.order,
+        epochs_per_stage=row.epochs or settings.epochs,
+        batch_size=settings.batch_size,
+        pad_to_multiple_of=8,
+        max_length=max_length,
+        layout="padded",
+        seed=seed,
+        val_fraction=val_fraction,
+        num_proc=1,
+    )
+    pl.seed_everything(seed, verbose=False)
+    module = row.module(
+        str(inputs.sft),
+        beta=row.beta or settings.beta,
+        reference=row.reference(settings, inputs),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=True),
+        policy_starts_at=row.policy_starts_at,
+    )
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        log_every_n_steps=1,
+        limit_val_batches=1,
+        check_val_every_n_epoch=10**6,
+        gradient_clip_val=1.0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[StageSamples(prompts=[]), NoReport()],
+    )
+    trainer.fit(module, data)
+    return data
 
 
 def read_run(folder: Path) -> dict[str, Any]:
