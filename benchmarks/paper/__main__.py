@@ -28,14 +28,14 @@ HERE = Path(__file__).parent
 SMOKE = Settings(
     epochs=1,
     batch_size=16,
-    pairs={"feedback": 48, "orca": 16},
+    pairs={"feedback": 48, "orca": 32},
     held_out=16,
     sft_steps=20,
     hidden=16,
     per_prompt=1,
     prompts=16,
 )
-SMOKE_ROWS = ("s", "dpo", "order_only", "fixed", "sdpo", "target_s")
+SMOKE_ROWS = ("s", "dpo", "fixed", "sdpo", "target_s")
 
 
 def jobs(bench: Bench, seeds: Sequence[int], tuned_on: Sequence[int]) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from benchmarks.paper.evaluation import evaluate
 from benchmarks.paper.language import SOURCES, make_pairs, prompts_of, wrong_share
@@ -44,11 +45,13 @@ def quiet() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        enable_progress_bar()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
