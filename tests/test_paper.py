@@ -229,11 +229,14 @@ def test_smoke(small):
     assert {rows[name]["steps"] for name in command.SMOKE_ROWS[1:]} == {5}
     assert {rows[name]["pairs"] for name in command.SMOKE_ROWS[1:]} == {80}
     assert rows["s"]["kl"] == (0.0, 0.0) and rows["dpo"]["kl"][0] > 0 and rows["dpo"]["seeds"] == 2
-    first = {name: found["units"][0][name]["stages"][-1]["loss_first"] for name in ("sdpo", "fixed", "target_s")}
+    units = {unit["row"]: unit for unit in found["units"] if unit["seed"] == 0}
+    first = {name: units[name]["stages"][-1]["loss_first"] for name in ("sdpo", "fixed", "target_s")}
     assert first["sdpo"] == pytest.approx(math.log(2), abs=1e-6)
     # Policy and reference differ at the start of the last stage: by M_1's training, in both.
     assert all(abs(first[name] - math.log(2)) > 1e-6 for name in ("fixed", "target_s"))
     assert json.loads((work / "results.json").read_text())["seeds"] == [0, 1]
+    kept = [json.loads(line) for line in (work / "units.jsonl").read_text().splitlines()]
+    assert len(kept) == len(command.SMOKE_ROWS) + 2 and kept[0]["row"] == "s"
     assert (work / "table.md").read_text() == markdown(found["summary"], command.SMOKE)
     assert all((work / f"{name}.png").stat().st_size > 5000 for name in ("figure_2", "figure_3", "preference_kl"))
 

@@ -72,7 +72,6 @@ def collect(bench: Bench, seeds: Sequence[int], needed: Sequence[str]) -> dict[s
         return {}
     settings = bench.settings
     summary = summarise(units, settings)
-    left_out = ("settings", "losses", "seed", "row")
     return {
         "seeds": list(units),
         "machine": machine(),
@@ -83,18 +82,29 @@ def collect(bench: Bench, seeds: Sequence[int], needed: Sequence[str]) -> dict[s
         "sdpo_line": ["sdpo", *sdpo_betas(settings)],
         "figure_2": figure_2(units),
         "figure_3": figure_3(units),
-        "units": {
-            seed: {name: {key: unit[key] for key in unit if key not in left_out} for name, unit in rows.items()}
-            for seed, rows in units.items()
-        },
+        "units": [unit for rows in units.values() for unit in rows.values()],
     }
 
 
 def write(found: dict[str, Any], settings: Settings, folder: Path) -> None:
-    """`results.json`, `table.md` and the figures."""
-    write_json(folder / "results.json", found)
+    """`results.json`, `units.jsonl` (a line each), `table.md` and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", {key: rounded(value) for key, value in found.items() if key != "units"})
+    # The settings stand in `results.json`, and the losses of two rows in its figure 3.
+    lines = [{key: unit[key] for key in unit if key not in ("settings", "losses")} for unit in found["units"]]
+    text = "".join(json.dumps(rounded(line)) + "\n" for line in lines)
+    (folder / "units.jsonl").write_text(text, encoding="utf-8")
     (folder / "table.md").write_text(markdown(found["summary"], settings), encoding="utf-8")
     draw(found, folder)
+
+
+def rounded(value: Any) -> Any:
+    """Plain values with 5 decimals; None for what is no number."""
+    if isinstance(value, float):
+        return None if value != value else round(value, 5)
+    if isinstance(value, dict):
+        return {str(key): rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def smoke(work: Path) -> dict[str, Any]:
