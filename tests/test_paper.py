@@ -31,7 +31,7 @@ from benchmarks.paper.language import (
     wrong_share,
 )
 from benchmarks.paper.results import choose, columns, difference, main_rows
-from benchmarks.paper.rows import BETAS, LEARNING_RATES, Inputs, Settings, grid, make_rows
+from benchmarks.paper.rows import BETAS, LEARNING_RATES, Inputs, Settings, grid, make_rows, sdpo_grid
 from benchmarks.paper.statistics import at_kl, mean_and_error, paired, t_quantile, t_tail
 from benchmarks.paper.table import interval, markdown
 from benchmarks.paper.units import Bench, fit, quiet
@@ -207,7 +207,7 @@ def test_choice_is_by_validation_alone():
 
 def test_rows_and_their_order():
     settings = Settings()
-    assert len(grid(settings)) + 1 == len(BETAS) * len(LEARNING_RATES) == 12
+    assert len(grid(settings)) + 1 == len(BETAS) * len(LEARNING_RATES) == 12 == len(sdpo_grid(settings)) + 1
     assert len(main_rows(settings)) == 14 and main_rows(settings)[:2] == ["s", "dpo"]
     rows = make_rows(settings)
     assert rows["dpo_beta_t"].beta == settings.beta / 2 and settings.steps == 2 * (10 + 50)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.data_size import machine
 from benchmarks.paper.figures import draw
 from benchmarks.paper.results import Units, best_rows, figure_2, figure_3, main_rows, summarise
-from benchmarks.paper.rows import Settings, grid, line, sdpo_betas
+from benchmarks.paper.rows import Settings, grid, line, sdpo_grid
 from benchmarks.paper.shared import run_shared
 from benchmarks.paper.table import markdown, titles
 from benchmarks.paper.units import Bench, quiet
@@ -48,7 +48,7 @@ def jobs(bench: Bench, seeds: Sequence[int], tuned_on: Sequence[int]) -> Iterato
     """
     settings = bench.settings
     common = [*main_rows(settings), *line(settings)]
-    searched = [*grid(settings), *sdpo_betas(settings)]
+    searched = [*grid(settings), *sdpo_grid(settings)]
     for seed in seeds:
         yield from ((seed, name) for name in common)
         if seed in tuned_on:
@@ -79,7 +79,7 @@ def collect(bench: Bench, seeds: Sequence[int], needed: Sequence[str]) -> dict[s
         "summary": summary,
         "titles": titles(settings, summary["chosen"]),
         "dpo_line": ["dpo", "dpo_beta_t", *line(settings)],
-        "sdpo_line": ["sdpo", *sdpo_betas(settings)],
+        "sdpo_line": ["sdpo", *sdpo_grid(settings)],
         "figure_2": figure_2(units),
         "figure_3": figure_3(units),
         "units": [unit for rows in units.values() for unit in rows.values()],

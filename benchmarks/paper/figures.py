@@ -26,7 +26,7 @@ def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, fill in (("figure_2", _gamma), ("figure_3", _losses), ("preference_kl", _preference)):
-        figure = Figure(figsize=(6.4, 4.2), dpi=110, layout="constrained")
+        figure = Figure(figsize=(8.0, 4.2), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         fill(figure.add_subplot(), found)
         paths.append(folder / f"{name}.png")
@@ -59,20 +59,21 @@ def _losses(axes: Any, found: Mapping[str, Any]) -> None:
 
 
 def _preference(axes: Any, found: Mapping[str, Any]) -> None:
-    axes.set_title("True preference against KL to S, means over seeds")
+    axes.set_title("True preference against KL to S, means over seeds", fontsize=10)
     rows = found["summary"]["rows"]
     # Means over other seeds can't be compared with these.
     rows = {name: row for name, row in rows.items() if row["seeds"] == rows["s"]["seeds"]}
-    lines = {"DPO": ["s", *found["dpo_line"]], "sDPO": ["s", *found["sdpo_line"]]}
-    for label, names in lines.items():
-        points = sorted((rows[n]["kl"][0], rows[n]["preference"][0]) for n in names if n in rows)
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{label}, beta and steps varied")
-    drawn = {name for names in lines.values() for name in names}
+    places = {name: (row["kl"][0], row["preference"][0]) for name, row in rows.items()}
+    drawn = {name for name in ("s", *found["dpo_line"]) if name in places}
+    points = sorted(places[name] for name in drawn)
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label="DPO: beta and steps varied")
+    markers = iter("*sDv^<>pPXhd128")
     for name, title in found["titles"].items():
-        if name in rows and name not in drawn and not name.startswith("best"):
-            x, y = rows[name]["kl"][0], rows[name]["preference"][0]
-            axes.plot(x, y, marker="x", color="black", linestyle="none")
-            axes.annotate(title, (x, y), fontsize=6, xytext=(4, -7), textcoords="offset points")
+        if name in places and name not in drawn and not name.startswith("best"):
+            axes.plot(*places[name], marker=next(markers), linestyle="none", label=title.split(" (")[0])
+    others = [y for name, (_, y) in places.items() if name != "s"]
+    # S lies far below all others.
+    axes.set_ylim(min(others) - 2, max(others) + 1)
     axes.set_xlabel("KL(M_T to S), nats an answer")
     axes.set_ylabel("preferred to an SFT answer, %")
-    axes.legend(loc="lower right")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

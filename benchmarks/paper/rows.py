@@ -174,7 +174,7 @@ def make_rows(settings: Settings) -> dict[str, Row]:
         "external": Row("DPO, external aligned reference", "pooled", reference=_external),
         "tr_dpo": Row("TR-DPO (soft, 0.6, 4 times)", "pooled", reference=_following),
     }
-    return rows | line(settings) | sdpo_betas(settings) | grid(settings)
+    return rows | line(settings) | sdpo_grid(settings) | grid(settings)
 
 
 def line(settings: Settings) -> dict[str, Row]:
@@ -183,10 +183,16 @@ def line(settings: Settings) -> dict[str, Row]:
     return grid(settings, [settings.lr]) | {"dpo long": long}
 
 
-def sdpo_betas(settings: Settings) -> dict[str, Row]:
-    """sDPO with the other betas of the grid: its line of preference over KL."""
-    others = [beta for beta in BETAS if beta != settings.beta]
-    return {f"sdpo beta={beta:g}": Row(f"sDPO, beta {beta:g}", beta=beta) for beta in others}
+def sdpo_grid(settings: Settings) -> dict[str, Row]:
+    """sDPO with every beta and every learning rate of the grid, but for the row `sdpo` itself."""
+    found = {}
+    for beta in BETAS:
+        for lr in (settings.lr, *(rate for rate in LEARNING_RATES if rate != settings.lr)):
+            if (beta, lr) == (settings.beta, settings.lr):
+                continue
+            name = f"sdpo beta={beta:g}" + ("" if lr == settings.lr else f" lr={lr:g}")
+            found[name] = Row(f"sDPO, beta {beta:g}, lr {lr:g}", beta=beta, lr=lr)
+    return found
 
 
 def grid(settings: Settings, rates: Sequence[float] = LEARNING_RATES) -> dict[str, Row]:

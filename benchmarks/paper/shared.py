@@ -21,8 +21,8 @@ from sdpo_lightning.files import write_json
 
 ROWS = ("dpo", "order_only", "fixed", "sdpo", "no_restarts", "random", "reversed", "target_s", "tr_dpo")
 # The dataclass counts T and the steps by its pairs; the rows' are cut by `limit`.
-SETTINGS = Settings(lr=1e-5, epochs=1, batch_size=8, pairs={"hh_harmless": 120, "llmbar": 24}, held_out=0)
-_HELD_OUT, _MAX_LENGTH, _ANSWER_TOKENS, _PROMPTS = 0.2, 256, 16, 8
+SETTINGS = Settings(lr=1e-4, epochs=1, batch_size=4, pairs={"hh_harmless": 40, "llmbar": 8}, held_out=0)
+_HELD_OUT, _MAX_LENGTH, _ANSWER_TOKENS, _PROMPTS = 0.2, 192, 16, 8
 
 
 def run_shared(work: Path, path: Path) -> dict[str, Any]:

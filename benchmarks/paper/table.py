@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.paper.rows import Settings, grid, line, make_rows, sdpo_betas
+from benchmarks.paper.rows import Settings, grid, line, make_rows, sdpo_grid
 
 _HEADER = (
     "| row | steps | true preference, % | minus DPO, points | KL(M_T to S), nats | above DPO of that KL, points "
@@ -32,10 +32,10 @@ def interval(value: Mapping[str, float | None] | None) -> str:
 def titles(settings: Settings, chosen: Mapping[str, str | None]) -> dict[str, str]:
     """Row -> title, in the order of the table."""
     rows = make_rows(settings)
-    apart = sdpo_betas(settings) | line(settings) | grid(settings)
+    apart = sdpo_grid(settings) | line(settings) | grid(settings)
     best = {
         "best": ("DPO, the best of the grid", chosen["best"]),
-        "best_sdpo": ("sDPO, the best of 4 betas", chosen["best_sdpo"]),
+        "best_sdpo": ("sDPO, the best of the grid", chosen["best_sdpo"]),
     }
     found = {"s": "S"}
     for name, row in rows.items():
@@ -100,7 +100,7 @@ def _chance(value: Mapping[str, float | None]) -> str:
 def line_table(summary: Mapping[str, Any], settings: Settings) -> list[str]:
     """The runs of plain DPO and of sDPO that differ in beta, learning rate and steps alone."""
     rows, lines = make_rows(settings), ["| run | seeds | true preference, % | KL, nats |", "|---|---|---|---|"]
-    names = ["dpo", "dpo_beta_t", *line(settings), "sdpo", *sdpo_betas(settings)]
+    names = ["dpo", "dpo_beta_t", *line(settings), "sdpo", *sdpo_grid(settings)]
     names += [name for name in grid(settings) if name not in names]
     for name in names:
         if (row := summary["rows"].get(name)) is not None:
