@@ -19,9 +19,9 @@ from benchmarks.paper.units import fit, quiet, read_run
 from sdpo_lightning import CurriculumDataModule, PreferenceSource
 from sdpo_lightning.files import write_json
 
-ROWS = ("dpo", "order_only", "fixed", "sdpo", "no_restarts", "random", "reversed", "target_s", "tr_dpo")
+ROWS = ("dpo", "fixed", "sdpo", "target_s", "tr_dpo")
 # The dataclass counts T and the steps by its pairs; the rows' are cut by `limit`.
-SETTINGS = Settings(lr=1e-4, epochs=1, batch_size=4, pairs={"hh_harmless": 40, "llmbar": 8}, held_out=0)
+SETTINGS = Settings(lr=1e-4, epochs=1, batch_size=4, pairs={"hh_harmless": 50, "llmbar": 10}, held_out=0)
 _HELD_OUT, _MAX_LENGTH, _ANSWER_TOKENS, _PROMPTS = 0.2, 192, 16, 8
 
 
