@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sdpo_lightning.files import publish
+from sdpo_lightning.publishing import publish
 from sdpo_lightning.report_data import Run, read_run
 from sdpo_lightning.report_figures import comparison_charts, run_charts
 from sdpo_lightning.report_page import comparison_page, labels, run_page
