@@ -24,7 +24,18 @@ class _NamingParser(LightningArgumentParser):
 
 
 class OneLineParser(_NamingParser):
-    """An argument parser whose errors are one line without usage."""
+    """An argument parser whose errors are one line without usage.
+
+    Attributes:
+        verbs: what `add_subcommands` gave, to which further verbs can be added.
+    """
+
+    verbs: Any = None
+
+    def add_subcommands(self, required: bool = True, dest: str = "subcommand") -> Any:
+        """As jsonargparse's."""
+        self.verbs = super().add_subcommands(required, dest)
+        return self.verbs
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting.
