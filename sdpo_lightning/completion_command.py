@@ -73,7 +73,8 @@ def print_completion(
     except (ValueError, ImportError) as error:
         if "shtab" not in str(error):
             raise
-        raise ConfigurationError("`--print_completion` needs shtab: pip install 'sdpo-lightning[completion]'") from error
+        needed = "`--print_completion` needs shtab: pip install 'sdpo-lightning[completion]'"
+        raise ConfigurationError(needed) from error
 
 
 def _parser(cli: Any, model_class: Any, datamodule_class: Any, run: bool) -> Any:

@@ -82,7 +82,7 @@ class PreferenceBatch:
         import torch
 
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
 
 
