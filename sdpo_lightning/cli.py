@@ -281,9 +281,10 @@ def main(
             run_check(words[1:], model_class, datamodule_class)
         elif words[:1] == ["--print_completion"]:
             # Only here: it is made of this command line and of `check`.
+            from sdpo_lightning.check_command import CheckCLI
             from sdpo_lightning.completion_command import print_completion
 
-            print_completion(words[1:], model_class, datamodule_class)
+            print_completion(words[1:], CheckCLI, model_class, datamodule_class)
         elif words[:1] == ["estimate"]:
             print(EstimateCLI(model_class, datamodule_class, words[1:], run=False).text())
         else:

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sdpo_lightning.check_command import CheckCLI
 from sdpo_lightning.cli import CurriculumCLI, EstimateCLI
 from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.module import DPOLitModule
@@ -30,20 +29,9 @@ class _ParserOf:
         raise _Made(parser)
 
 
-class _Verbs(_ParserOf, CurriculumCLI):
-    pass
-
-
-class _Check(_ParserOf, CheckCLI):
-    pass
-
-
-class _Estimate(_ParserOf, EstimateCLI):
-    pass
-
-
 def print_completion(
     words: Sequence[str],
+    check_cli: type[EstimateCLI],
     model_class: type[DPOLitModule] = DPOLitModule,
     datamodule_class: type[CurriculumDataModule] = CurriculumDataModule,
 ) -> None:
@@ -51,6 +39,7 @@ def print_completion(
 
     Args:
         words: after `--print_completion`: `shtab-bash`, `shtab-zsh` or `shtab-tcsh`, as jsonargparse calls them.
+        check_cli: the command line of `check`.
         model_class: whose settings are completed.
         datamodule_class: likewise.
 
@@ -60,9 +49,9 @@ def print_completion(
     shells = ("shtab-bash", "shtab-zsh", "shtab-tcsh")
     if list(words) not in [[shell] for shell in shells]:
         raise ConfigurationError(f"`--print_completion` takes one of {', '.join(shells)}, got {' '.join(words)!r}")
-    parser = _parser(_Verbs, model_class, datamodule_class, run=True)
+    parser = _parser(CurriculumCLI, model_class, datamodule_class, run=True)
     verbs = parser.verbs
-    for verb, cli in (("check", _Check), ("estimate", _Estimate)):
+    for verb, cli in (("check", check_cli), ("estimate", EstimateCLI)):
         verbs.add_subcommand(verb, _parser(cli, model_class, datamodule_class, run=False), help=VERBS[verb])
     for verb in ("report", "demo", "configs", "env"):
         inner = OneLineParser(description="")
@@ -77,9 +66,12 @@ def print_completion(
         raise ConfigurationError(needed) from error
 
 
-def _parser(cli: Any, model_class: Any, datamodule_class: Any, run: bool) -> Any:
+def _parser(cli: type[CurriculumCLI], model_class: Any, datamodule_class: Any, run: bool) -> Any:
+    class Unread(_ParserOf, cli):
+        pass
+
     try:
-        cli(model_class, datamodule_class, [], run=run)
+        Unread(model_class, datamodule_class, [], run=run)
     except _Made as made:
         return made.args[0]
     raise AssertionError("the command line read its words")

@@ -121,7 +121,8 @@ def test_messages():
     assert name_key("Option 'x' is required but not provided", ["y"]) == "Option 'x' is required but not provided"
     union = (
         'Parser key "model.beta":\n  Does not validate against any of the Union subtypes\n'
-        "  Subtypes: [<class 'int'>]\n  Errors:\n  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n  Given value: abc"
+        "  Subtypes: [<class 'int'>]\n  Errors:\n  - Expected a <class 'int'>\n"
+        "  - Expected a <class 'NoneType'>\n  Given value: abc"
     )
     assert shorten(union) == "`model.beta`: Expected a int"
     # What is always said is kept where nothing else is.
