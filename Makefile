@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow faults lint clean venv .venv
+.PHONY: demo test test-slow faults lint types wheel-test clean venv .venv
 
 # Rebuilt when what it is made from changes, or when its interpreter doesn't run.
 venv .venv:
@@ -31,6 +31,14 @@ faults: venv
 
 lint: venv
 	$(BIN)/ruff check .
+
+# The public API under mypy, as another project sees it.
+types: venv
+	$(BIN)/mypy
+
+# Builds wheel and sdist, and tries the wheel in an environment of its own.
+wheel-test: venv
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -3,6 +3,38 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # For type checkers; the same as `_HOMES`.
+    from sdpo_lightning.adapter_reference import AdapterReference as AdapterReference
+    from sdpo_lightning.adapters import LoraSettings as LoraSettings
+    from sdpo_lightning.callbacks import StageTransition as StageTransition
+    from sdpo_lightning.checkpoint import StageCheckpoint as StageCheckpoint
+    from sdpo_lightning.checkpoint_writes import BackgroundWrites as BackgroundWrites
+    from sdpo_lightning.data.datamodule import CurriculumDataModule as CurriculumDataModule
+    from sdpo_lightning.data.declaration import PreferenceSource as PreferenceSource
+    from sdpo_lightning.data.partitions import Partition as Partition
+    from sdpo_lightning.export import StageExport as StageExport
+    from sdpo_lightning.external_reference import CachedExternalReference as CachedExternalReference
+    from sdpo_lightning.external_reference import ExternalReference as ExternalReference
+    from sdpo_lightning.fixed_reference import CachedFixedReference as CachedFixedReference
+    from sdpo_lightning.fixed_reference import FixedAdapterReference as FixedAdapterReference
+    from sdpo_lightning.fixed_reference import FixedReference as FixedReference
+    from sdpo_lightning.fork import Fork as Fork
+    from sdpo_lightning.module import DPOLitModule as DPOLitModule
+    from sdpo_lightning.reference import CachedReference as CachedReference
+    from sdpo_lightning.reference import ReferencePolicy as ReferencePolicy
+    from sdpo_lightning.reference import ResidentReference as ResidentReference
+    from sdpo_lightning.stage_models import StageEvaluation as StageEvaluation
+    from sdpo_lightning.stage_models import StageSamples as StageSamples
+    from sdpo_lightning.strategy import FSDP2Strategy as FSDP2Strategy
+    from sdpo_lightning.types import Chunk as Chunk
+    from sdpo_lightning.types import PairLogps as PairLogps
+    from sdpo_lightning.types import PreferenceBatch as PreferenceBatch
+    from sdpo_lightning.types import Stage as Stage
+    from sdpo_lightning.types import StageSettings as StageSettings
+    from sdpo_lightning.updating_reference import KLBoundReference as KLBoundReference
+    from sdpo_lightning.updating_reference import UpdatingReference as UpdatingReference
 
 __version__ = "0.1.0"
 

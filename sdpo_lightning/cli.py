@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import csv
 import logging
-import pickle
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -27,13 +25,16 @@ from sdpo_lightning.data.datamodule import CurriculumDataModule
 from sdpo_lightning.data.ranking import ranking_table
 from sdpo_lightning.estimate_inputs import read_loads, read_run
 from sdpo_lightning.estimate_report import report
+from sdpo_lightning.exits import exit_codes
 from sdpo_lightning.files import write_json
 from sdpo_lightning.module import DPOLitModule
+from sdpo_lightning.parser import OneLineParser
+from sdpo_lightning.quick import answered
 from sdpo_lightning.ranks import leave_group
-from sdpo_lightning.redaction import HidesSecrets, hide_in_config, hide_in_text
+from sdpo_lightning.redaction import HidesSecrets, hide_in_config
 from sdpo_lightning.start import checkpoint_to_go_on_from, fork_to_begin
 from sdpo_lightning.stopping import STOP
-from sdpo_lightning.types import ConfigurationError, ResumeError, SelfCheckError
+from sdpo_lightning.types import ConfigurationError
 
 
 class CurriculumTrainer(pl.Trainer):
@@ -112,19 +113,6 @@ class ConfigAfterChecks(SaveConfigCallback):
             if (clean := hide_in_config(given)) != given:
                 text = yaml.safe_dump(clean, sort_keys=False)
             (folder / "config.yaml").write_text(text)
-
-
-class OneLineParser(LightningArgumentParser):
-    """An argument parser whose errors are one line without usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of exiting.
-
-        Raises:
-            ConfigurationError: always.
-        """
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-        raise ConfigurationError(" ".join(lines))
 
 
 class CurriculumCLI(LightningCLI):
@@ -278,7 +266,9 @@ def main(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # A bar for each weight file says nothing that our own lines don't.
     transformers_logging.disable_progress_bar()
-    try:
+    with exit_codes(debug, (MisconfigurationException,)):
+        if answered(words):
+            return
         if words[:1] == ["demo"]:
             # Only here: the demo runs this very command line.
             from sdpo_lightning.demo import run_demo
@@ -289,11 +279,12 @@ def main(
             from sdpo_lightning.check_command import run_check
 
             run_check(words[1:], model_class, datamodule_class)
-        elif words[:1] == ["report"]:
-            # Only here: no other verb draws.
-            from sdpo_lightning.report_command import run_report
+        elif words[:1] == ["--print_completion"]:
+            # Only here: it is made of this command line and of `check`.
+            from sdpo_lightning.check_command import CheckCLI
+            from sdpo_lightning.completion_command import print_completion
 
-            run_report(words[1:])
+            print_completion(words[1:], CheckCLI, model_class, datamodule_class)
         elif words[:1] == ["evaluate"]:
             # Only here: no other verb answers or asks.
             from sdpo_lightning.evaluate_command import run_evaluate
@@ -310,19 +301,3 @@ def main(
             with STOP.listening() if words[:1] == ["fit"] else nullcontext():
                 CurriculumCLI(model_class, datamodule_class, words)
             leave_group()
-    except (ConfigurationError, MisconfigurationException) as error:
-        _stop(error, 2, debug)
-    except ResumeError as error:
-        _stop(error, 3, debug)
-    except pickle.UnpicklingError as error:
-        refused = "`ckpt_path` holds more than tensors and plain values, which might be code, and none of it was run"
-        _stop(ResumeError(f"{refused}; give a checkpoint of a run of this package ({type(error).__name__})"), 3, debug)
-    except (SelfCheckError, FloatingPointError, OSError) as error:
-        _stop(error, 1, debug)
-
-
-def _stop(error: Exception, code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exception(error)
-    print(f"error: {hide_in_text(' '.join(str(error).split()))}", file=sys.stderr)
-    raise SystemExit(code)

@@ -6,7 +6,6 @@ measures M_0, every M_t and the pooled model on held-out pairs. Fails if nothing
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpo_lightning.cli import CurriculumCLI, ranking_table
 from sdpo_lightning.files import write_json
 from sdpo_lightning.synthetic import SOURCE_NAMES, held_out_accuracy, preference_rate, write_inputs
+from sdpo_lightning.verbs import verb_parser
 
 Score = tuple[float, float]
 
@@ -48,11 +48,7 @@ def run_demo(words: Sequence[str]) -> None:
     Raises:
         SystemExit: with 1 if M_T didn't learn, or, with `--control`, if it seems to have.
     """
-    parser = argparse.ArgumentParser("sdpo-lightning demo", description="Stepwise DPO on generated data.")
-    parser.add_argument("--root", default=None, help="run directory (default runs/demo, runs/demo-control)")
-    parser.add_argument("--control", action="store_true", help="shuffled labels: nothing can be learned")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(list(words))
+    options = verb_parser("demo").parse_args(list(words))
     root = Path(options.root or ("runs/demo-control" if options.control else "runs/demo"))
     inputs = root / "inputs"
     # Matrices this small only wait for a second thread.

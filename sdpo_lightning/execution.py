@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.integrations.liger import apply_liger_kernel
 
 from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.types import ConfigurationError
@@ -71,6 +70,9 @@ def _checkpoint(backbone: CausalBackbone, every: int) -> None:
 def _apply_liger(backbone: CausalBackbone) -> None:
     if not torch.cuda.is_available():
         raise ConfigurationError("`model.liger` needs a CUDA GPU, and there is none; leave it out")
+    # Only here: it imports what is installed of PEFT and bitsandbytes, which takes seconds.
+    from transformers.integrations.liger import apply_liger_kernel
+
     # Our own head does what Liger's losses do.
     kernels = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sdpo_lightning.failpoints import failpoint
+from sdpo_lightning.publishing import fsync, publish
 from sdpo_lightning.ranks import from_first_rank, is_first
 
 
@@ -25,13 +26,6 @@ def write_json(path: Path, content: Any) -> None:
     staging = path.with_name(f".{path.name}.tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     publish(staging, path)
-
-
-def publish(staging: Path, path: Path) -> None:
-    """Give a finished file its name, so that it outlives a power cut."""
-    fsync(staging)
-    os.replace(staging, path)
-    fsync(path.parent)
 
 
 def sweep(run_dir: Path) -> None:
@@ -102,15 +96,6 @@ def _publish(staging: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staging, folder)
     fsync(folder.parent)
-
-
-def fsync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class MetricsFile:

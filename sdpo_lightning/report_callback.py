@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import lightning.pytorch as pl
 
@@ -12,6 +10,7 @@ from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.report_command import report_run
 from sdpo_lightning.run_state import has_last_model, leaves_files
+from sdpo_lightning.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class RunReport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down what runs here."""
         if trainer.is_global_zero and leaves_files(trainer):
-            write_json(run_dir(trainer) / "versions.json", _versions())
+            write_json(run_dir(trainer) / "versions.json", versions(_PACKAGES))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report. Whatever goes wrong, the run is done, so it is only a warning."""
@@ -39,13 +38,3 @@ class RunReport(pl.Callback):
             log.warning("no report (`sdpo-lightning report %s` makes it): %s", run_dir(trainer), error)
         else:
             log.info("report: %s", run_dir(trainer) / "report.html")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

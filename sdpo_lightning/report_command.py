@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from sdpo_lightning.files import publish
+from sdpo_lightning.publishing import publish
 from sdpo_lightning.report_data import Run, read_run
 from sdpo_lightning.report_figures import comparison_charts, run_charts
 from sdpo_lightning.report_page import comparison_page, labels, run_page
 from sdpo_lightning.report_png import can_draw, write_pngs
 from sdpo_lightning.types import ConfigurationError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"report: {message}")
+from sdpo_lightning.verbs import verb_parser
 
 
 def run_report(words: Sequence[str]) -> None:
@@ -29,14 +23,7 @@ def run_report(words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: a folder is no run.
     """
-    parser = _Parser(
-        "sdpo-lightning report", description="One HTML file from what a run left; of several, a comparison."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="default: RUN/report.html; of several runs comparison.html here"
-    )
-    options = parser.parse_args(list(words))
+    options = verb_parser("report").parse_args(list(words))
     try:
         runs = [read_run(folder) for folder in options.runs]
     except FileNotFoundError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # The errors are needed by verbs that start without torch.
+    import torch
+    from torch import Tensor
 
 
 class ConfigurationError(ValueError):
@@ -78,12 +79,11 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """A copy with every tensor on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        import torch
+
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
 
 
 @dataclass(eq=False)
@@ -137,10 +137,10 @@ class LogpTable:
     @classmethod
     def build(cls, pair_id: Tensor, logps: PairLogps) -> LogpTable:
         """Sort by id; of a pair that was scored twice, one row is kept."""
-        order = torch.argsort(pair_id, stable=True)
+        order = pair_id.argsort(stable=True)
         ids = pair_id[order]
-        keep = torch.ones_like(ids, dtype=torch.bool)
-        keep[1:] = ids[1:] != ids[:-1]
+        keep = ids != ids.roll(1)
+        keep[:1] = True
         order = order[keep]
         columns = (logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
         return cls(pair_id[order], *(column[order] for column in columns))
@@ -154,6 +154,8 @@ class LogpTable:
         Returns:
             `[B]` row numbers (any row where unknown) and `[B]` bool, True where the id is known.
         """
+        import torch
+
         if not len(self.pair_id):
             return torch.zeros_like(pair_id), torch.zeros_like(pair_id, dtype=torch.bool)
         rows = torch.searchsorted(self.pair_id, pair_id).clamp_(max=len(self.pair_id) - 1)

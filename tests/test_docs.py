@@ -22,7 +22,7 @@ from sdpo_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
-VERBS = ("fit", "validate", "test", "predict", "rank", "check", "estimate", "report", "parity", "evaluate", "demo")
+VERBS = ("fit", "validate", "test", "predict", "rank", "check", "estimate", "report", "parity", "evaluate", "configs", "env", "demo")
 # Run by tests of their own: tests/test_demo.py.
 ELSEWHERE = ("demo",)
 # Seconds that the fast suite may spend: these pages' commands are run in it, the others' by `make test-slow`.

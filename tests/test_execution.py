@@ -121,13 +121,13 @@ def test_liger_without_a_gpu_is_refused(tiny_model_dir):
 
 
 def test_liger_that_is_not_installed_is_refused(tiny_model_dir, monkeypatch):
-    import sdpo_lightning.execution as execution
+    import transformers.integrations.liger as liger
 
     def missing(model, kernels):
         assert kernels == {"cross_entropy": False, "fused_linear_cross_entropy": False}
         raise ImportError("liger")
 
-    monkeypatch.setattr(execution, "apply_liger_kernel", missing)
+    monkeypatch.setattr(liger, "apply_liger_kernel", missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigurationError, match=r"pip install 'sdpo-lightning\[liger\]'"):
         Execution(liger=True).apply(load_policy(str(tiny_model_dir)))
