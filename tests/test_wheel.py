@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from importlib.util import find_spec
@@ -67,7 +66,7 @@ def test_the_wheel_works_on_its_own(packages, tmp_path):
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     # Appended: the wheel's own files come first, and a .pth within the linked folder isn't read.
-    (site / "linked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "linked.pth").write_text("".join(f"{p}\n" for p in sys.path if p.endswith("site-packages")))
     command = tmp_path / "venv" / "bin" / "sdpo-lightning"
     where = run(python, "-c", "import sdpo_lightning as s; print(s.__file__)", cwd=tmp_path)
     assert where.startswith(str(site))
