@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # For type checkers; the same as `_HOMES`.
     from sdpo_lightning.adapter_reference import AdapterReference as AdapterReference
     from sdpo_lightning.adapters import LoraSettings as LoraSettings
+    from sdpo_lightning.best_weights import BestOfStage as BestOfStage
     from sdpo_lightning.callbacks import StageTransition as StageTransition
     from sdpo_lightning.checkpoint import StageCheckpoint as StageCheckpoint
     from sdpo_lightning.checkpoint_writes import BackgroundWrites as BackgroundWrites
     from sdpo_lightning.data.datamodule import CurriculumDataModule as CurriculumDataModule
     from sdpo_lightning.data.declaration import PreferenceSource as PreferenceSource
+    from sdpo_lightning.data.new_pairs import PairSource as PairSource
+    from sdpo_lightning.data.new_pairs import SampledPairs as SampledPairs
+    from sdpo_lightning.data.pacing import Pacing as Pacing
     from sdpo_lightning.data.partitions import Partition as Partition
     from sdpo_lightning.export import StageExport as StageExport
     from sdpo_lightning.external_reference import CachedExternalReference as CachedExternalReference
@@ -21,12 +25,17 @@ if TYPE_CHECKING:  # For type checkers; the same as `_HOMES`.
     from sdpo_lightning.fixed_reference import FixedAdapterReference as FixedAdapterReference
     from sdpo_lightning.fixed_reference import FixedReference as FixedReference
     from sdpo_lightning.fork import Fork as Fork
+    from sdpo_lightning.likelihood import LikelihoodGuard as LikelihoodGuard
     from sdpo_lightning.module import DPOLitModule as DPOLitModule
     from sdpo_lightning.reference import CachedReference as CachedReference
     from sdpo_lightning.reference import ReferencePolicy as ReferencePolicy
     from sdpo_lightning.reference import ResidentReference as ResidentReference
+    from sdpo_lightning.sample_statistics import SampleStatistics as SampleStatistics
+    from sdpo_lightning.stage_losses import StageLosses as StageLosses
     from sdpo_lightning.stage_models import StageEvaluation as StageEvaluation
     from sdpo_lightning.stage_models import StageSamples as StageSamples
+    from sdpo_lightning.stage_weights import StageWeights as StageWeights
+    from sdpo_lightning.stop_rule import StopRule as StopRule
     from sdpo_lightning.strategy import FSDP2Strategy as FSDP2Strategy
     from sdpo_lightning.types import Chunk as Chunk
     from sdpo_lightning.types import PairLogps as PairLogps

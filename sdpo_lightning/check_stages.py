@@ -39,7 +39,9 @@ def judged_lines(
     lines = []
     for stage in stages:
         named = f"stage {stage.index} {stage.name!r}"
-        own = [reports[index].name for index in sorted({i >> 40 for i in stage.pair_ids}) if reports[index].val_ids]
+        # Pairs that are made just before their stage are of no source.
+        used = [index for index in sorted({i >> 40 for i in stage.pair_ids}) if index < len(reports)]
+        own = [reports[index].name for index in used if reports[index].val_ids]
         if stop is not None:
             lines.append(Finding("info", f"{named}: ends before its plan where {stop.text(own)}"))
         if choice is not None:

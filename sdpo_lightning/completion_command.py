@@ -53,7 +53,7 @@ def print_completion(
     verbs = parser.verbs
     for verb, cli in (("check", check_cli), ("estimate", EstimateCLI)):
         verbs.add_subcommand(verb, _parser(cli, model_class, datamodule_class, run=False), help=VERBS[verb])
-    for verb in ("report", "demo", "configs", "env", "evaluate", "parity"):
+    for verb in ("report", "evaluate", "parity", "demo", "configs", "env"):
         inner = OneLineParser(description="")
         add_words(inner, verb)
         verbs.add_subcommand(verb, inner, help=VERBS[verb])
