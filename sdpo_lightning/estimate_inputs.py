@@ -179,7 +179,7 @@ def _staging(data: Mapping[str, Any]) -> Staging:
     own = read_stage_settings(data.get("stage_settings"))
     given = (read_partition(data["partition"]), *(data[key] for key in ("order", "merge_ties", "epochs_per_stage")))
     made = [source.name for source in read_pair_sources(data.get("pair_sources"))]
-    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"], made)
+    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"], made=made)
 
 
 def _epochs(data: Mapping[str, Any]) -> list[int]:
