@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sdpo_lightning.ranks import leave_group
 
 torch.set_num_threads(1)
 
@@ -32,6 +35,22 @@ def own_cache(tmp_path_factory) -> None:
     folder = str(tmp_path_factory.mktemp("datasets-cache"))
     os.environ["HF_DATASETS_CACHE"] = folder
     datasets.config.HF_DATASETS_CACHE = Path(folder)
+
+
+# By these Lightning would take a process that a test starts for one that somebody else has launched.
+_OF_A_RANK = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left_behind() -> Iterator[None]:
+    """A run of one sharded rank leaves a process group and variables in its own process."""
+    before = {name: os.environ.get(name) for name in _OF_A_RANK}
+    yield
+    leave_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
