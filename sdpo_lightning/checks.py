@@ -119,7 +119,7 @@ def check_links(root: Path) -> None:
     Raises:
         ConfigurationError: with the link.
     """
-    for name in ("stages", "checkpoints", "references", "new_pairs", "evaluation"):
+    for name in ("stages", "checkpoints", "references", "new_pairs"):
         path = root / name
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise ConfigurationError(

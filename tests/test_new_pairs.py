@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,11 +303,12 @@ def test_what_needs_the_pairs_beforehand_is_refused(given, said, tmp_path, model
 # ---- on the command line
 
 
-def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sources, prompts, capsys):
-    config = {
+def run_config(folder: Path, model_dir: Path, source: PreferenceSource, prompts: Path, run: str = "run") -> dict:
+    """Of `fit` on one source and one stage of made pairs."""
+    return {
         "model": {"model_name_or_path": str(model_dir), "lora": None},
         "data": {
-            "sources": [{"name": "a", "path": sources[0].path}],
+            "sources": [{"name": "a", "path": source.path}],
             "order": "given",
             "batch_size": 2,
             "max_length": 64,
@@ -323,12 +327,16 @@ def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sour
             ],
         },
         "trainer": {
-            "default_root_dir": str(tmp_path / "run"),
+            "default_root_dir": str(folder / run),
             "accelerator": "cpu",
             "enable_progress_bar": False,
             "callbacks": [{"class_path": "sdpo_lightning.StageSamples", "init_args": {"max_new_tokens": 2}}],
         },
     }
+
+
+def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sources, prompts, capsys):
+    config = run_config(tmp_path, model_dir, sources[0], prompts)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     main(["check", "--config", str(tmp_path / "run.yaml")])
     said = capsys.readouterr().out
@@ -359,3 +367,23 @@ def test_several_processes_are_refused():
     assert read_pair_sources([own]) == [DeclaredPairs("x", 3)] and read_pair_sources(None) == []
     with pytest.raises(ConfigurationError, match="mine.Source has no `name`"):
         read_pair_sources([{"class_path": "mine.Source"}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["after_new_pairs:1", "after_open:2", "before_checkpoint:2"])
+def test_a_run_that_is_killed_around_the_making_ends_as_if_nothing_had_happened(
+    place, tmp_path, model_dir, sources, prompts
+):
+    for run in ("whole", "killed"):
+        config = run_config(tmp_path, model_dir, sources[0], prompts, run)
+        (tmp_path / f"{run}.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "whole.yaml")])
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "sdpo_lightning", "fit", "--config", str(tmp_path / "killed.yaml")]
+    for failpoint, code in ((place, 137), ("", 0)):
+        environment = os.environ | {"PYTHONPATH": paths, "SDPO_FAILPOINT": failpoint}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stderr
+    assert_same_weights(tmp_path / "whole" / "stages" / "02-new", tmp_path / "killed" / "stages" / "02-new")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert rows_of(tmp_path / "whole", "02-new") == rows_of(tmp_path / "killed", "02-new")
