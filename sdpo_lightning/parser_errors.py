@@ -27,6 +27,7 @@ _ALWAYS_SAID = (
 # Worth saying only where nothing better is said.
 _WEAK = ("Expected a path but", "Not a valid subclass of", "Subtypes:")
 _LONGEST = 300
+_GIVEN = "Given value: "
 
 
 def name_key(message: str, known: Iterable[str]) -> str:
@@ -72,14 +73,16 @@ def shorten(message: str) -> str:
     items = [item for item in items if item and not item.startswith(_ALWAYS_SAID)]
     strong = [item for item in items if not item.startswith(_WEAK)] or items or [" ".join(lines)]
     bases = [name for line in lines if "Subtypes:" in line for name in _CLASS.findall(line)]
-    text = "; ".join(_plain(item, bases)[:_LONGEST] for item in strong)
+    given = next((line.removeprefix(_GIVEN) for line in lines if line.startswith(_GIVEN)), "")
+    text = "; ".join(_plain(item, bases, given)[:_LONGEST] for item in strong)
     return f"`{key[1]}`: {text}" if key else text
 
 
-def _plain(item: str, bases: list[str]) -> str:
+def _plain(item: str, bases: list[str], given: str) -> str:
     if found := _LITERAL.search(item):
-        hint = did_you_mean(found[2] or "", re.findall("'(.*?)'", found[1]))
-        got = f", got {found[2]!r}{hint}" if found[2] else ""
+        value = found[2] or given
+        hint = did_you_mean(value, re.findall("'(.*?)'", found[1]))
+        got = f", got {value!r}{hint}" if value else ""
         return f"expected one of {found[1]}{got}"
     if found := _NO_ATTRIBUTE.search(item):
         module = sys.modules.get(found[1])
