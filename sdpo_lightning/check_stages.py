@@ -32,7 +32,7 @@ def judged_lines(
         monitors = [] if stop is None else [(STOP, None if stop.patience is None else stop.monitor)]
         for where, monitor in [*monitors, *([] if choice is None else [(WEIGHTS, choice[0])])]:
             held_out = [report.name for report in reports if report.val_ids and trainer.get("limit_val_batches") != 0]
-            check_judged(where, monitor, staging.groups if staging.partition == "by_source" else [], held_out)
+            check_judged(where, monitor, staging.judged_groups, held_out)
             check_interval(where, trainer.get("val_check_interval"), max(staging.epochs(staging.names())))
     except (ConfigurationError, TypeError) as error:
         return [Finding("error", " ".join(str(error).split()))]

@@ -21,7 +21,7 @@ from sdpo_lightning.loading import load_on_ranks
 from sdpo_lightning.ranks import side_by_side
 from sdpo_lightning.scoring import numerics
 from sdpo_lightning.strategy import sharding_of
-from sdpo_lightning.types import ExternalInputs, PreferenceBatch, QuantizationName, ReferenceInputs
+from sdpo_lightning.types import ConfigurationError, ExternalInputs, PreferenceBatch, QuantizationName, ReferenceInputs
 
 
 def load_external(pl_module: pl.LightningModule) -> None:
@@ -69,7 +69,13 @@ def _load(pl_module: pl.LightningModule, name: str, quantization: QuantizationNa
 def _pairs(
     trainer: pl.Trainer, pl_module: pl.LightningModule, tokenizer: str | None, max_length: int | None
 ) -> ReferenceInputs:
+    """Raises `ConfigurationError` where some pairs are made later."""
     data = trainer.datamodule
+    if data.made.names:
+        raise ConfigurationError(
+            f"`model.reference` scores all pairs before stage 1, and those of `data.pair_sources` {data.made.names} "
+            "don't exist yet; use ExternalReference, which scores them as they come, or leave one of them out"
+        )
     ids, folder = data.train_ids() + data.val_ids(), run_dir(trainer) / "references"
     how = f"{numerics(trainer, pl_module)} {max_length}"
     if tokenizer is None:

@@ -134,8 +134,9 @@ class LikelihoodGuard(pl.Callback):
         if not pl_module.trainer.is_global_zero:
             return
         help_ = "DPOP works against it (`model.loss: sdpo_lightning.objectives.DPOPLoss`)"
-        if isinstance(pl_module.loss, DPOPLoss):
-            help_ = f"raise DPOP's `model.loss.init_args.penalty`, {pl_module.loss.penalty:g}"
+        loss = None if pl_module.loss is None else pl_module.loss.of_stage(stage.index, stage.name)
+        if isinstance(loss, DPOPLoss):
+            help_ = f"raise DPOP's `penalty` in `model.loss`, {loss.penalty:g}"
         log.warning(
             "stage %d %r: the chosen answers have lost %.3g nats a token since S (%s), more than `max_drop` %g of "
             "LikelihoodGuard: the policy unlearns what it is to prefer; %s, or a lower learning rate, or a higher "

@@ -72,7 +72,7 @@ class StageJudge:
             return
         data = trainer.datamodule
         held_out = data.val_names if trainer.limit_val_batches else []
-        groups = data.staging.groups if data.staging.partition == "by_source" else []
+        groups = data.staging.judged_groups
         monitors = [] if self.stop is None else [(STOP, None if self.stop.patience is None else self.stop.monitor)]
         if self.weights.monitor is not None:
             monitors.append((WEIGHTS, self.weights.monitor))

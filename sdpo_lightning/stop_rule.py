@@ -193,5 +193,6 @@ def check_judged(
             if not set(group) & set(held_out):
                 raise ConfigurationError(
                     f"{where}: `monitor` {monitor!r} needs held-out pairs of stage {'+'.join(group)!r}, which has "
-                    "none; set `data.val_fraction`, or `val_path` of its sources, or another `monitor`"
+                    "none; set `data.val_fraction`, or `val_path` of its sources, or a `monitor` without {source} (of "
+                    "made pairs none are held out)"
                 )

@@ -23,6 +23,7 @@ from sdpo_lightning import (
 )
 from sdpo_lightning.likelihood import chosen_change
 from sdpo_lightning.objectives import DPOPLoss
+from sdpo_lightning.stage_losses import StageLosses
 from sdpo_lightning.types import ConfigurationError, PairLogps
 
 # Tokens of each chosen answer below: four words and the end.
@@ -115,11 +116,12 @@ def test_without_a_ranking_the_held_out_pairs_stand_in(tmp_path, tiny_model_dir,
     assert [t for t, _, _ in none] == [1]
 
 
-def test_with_dpop_its_penalty_is_named(tmp_path, tiny_model_dir, sources, caplog):
-    arguments = {"module_class": Unlearns, "module_args": {"loss": DPOPLoss(penalty=7.0)}, "order": "easy_to_hard"}
+@pytest.mark.parametrize("loss", [DPOPLoss(penalty=7.0), StageLosses({"*": DPOPLoss(penalty=7.0)})])
+def test_with_dpop_its_penalty_is_named(tmp_path, tiny_model_dir, sources, caplog, loss):
+    arguments = {"module_class": Unlearns, "module_args": {"loss": loss}, "order": "easy_to_hard"}
     fit(tmp_path, tiny_model_dir, sources, callbacks=[LikelihoodGuard(1e-4), StageEvaluation(0)], **arguments)
     assert len(SAID.findall(caplog.text)) == 2
-    assert "raise DPOP's `model.loss.init_args.penalty`, 7, or a lower" in caplog.text
+    assert "raise DPOP's `penalty` in `model.loss`, 7, or a lower" in caplog.text
 
 
 @pytest.mark.parametrize("make", [lambda: LikelihoodGuard(0.0), lambda: LikelihoodGuard(1.0, 0)])

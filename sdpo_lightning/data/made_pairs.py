@@ -28,6 +28,7 @@ from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import file_digest, publish, write_json
 from sdpo_lightning.generation_transformers import TransformersGenerator
 from sdpo_lightning.ledger import set_aside
+from sdpo_lightning.random_states import random_states_kept
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage
@@ -196,7 +197,9 @@ class _Making:
             context=trainer.precision_plugin.forward_context,
         )
         log.info("stage %d %r: M_%d makes %d pairs", stage_index, self._source.name, stage_index - 1, self._wanted)
-        rows, reasons = self._take(generator, stage_index)
+        # A run that goes on finds the rows, and draws nothing: neither may a scorer of this one shift what follows.
+        with random_states_kept():
+            rows, reasons = self._take(generator, stage_index)
         self._write(rows)
         failpoint("after_new_pairs")
         note = {"rows": len(rows), "none": dict(reasons), "made_with": made_with}

@@ -103,6 +103,12 @@ class Staging:
         return [*stage_names(self.partition, self.groups), *self.made]
 
     @property
+    def judged_groups(self) -> list[list[str]]:
+        """Names that train together, as far as they are known; a stage whose pairs are made has none held out."""
+        groups = self.groups if self.partition == "by_source" else []
+        return [*map(list, groups), *([name] for name in self.made)]
+
+    @property
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
         if isinstance(self.partition, Partition) and self.partition.reads_rows:
