@@ -27,7 +27,7 @@ test-slow: venv
 
 # Every failpoint, and random kills: minutes.
 faults: venv
-	$(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(WORKERS) --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .
