@@ -68,8 +68,8 @@ def score_pairs(
 class _Rows:
     """Columns in host memory that grow by doubling.
 
-    A small tensor kept a batch, between the large ones that a forward frees, would pin the heap: scoring 2,000 short
-    pairs by a tiny model peaked at 2.6 to 3.1 GiB on a CPU, and at 0.6 GiB without them (`benchmarks.data_size`).
+    A small tensor kept a batch, between the large ones that a forward frees, would pin the heap: see
+    `benchmarks/results/data_size.md`.
     """
 
     def __init__(self) -> None:
