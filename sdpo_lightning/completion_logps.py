@@ -36,7 +36,7 @@ class CompletionLogps(ABC):
 class SummedLogps(CompletionLogps):
     """The sum over the tokens of each completion, or with `ld_alpha` below 1 the one of LD-DPO.
 
-    Liu et al. 2024 (arXiv 2409.06411, section 3): tokens beyond the length of the pair's shorter completion count
+    Liu et al. 2024 (arXiv 2409.06411): tokens beyond the length of the pair's shorter completion count
     `ld_alpha` times. As TRL's `ld_alpha`. Lengths stay those of the whole completions.
 
     Attributes:
@@ -58,8 +58,8 @@ class SummedLogps(CompletionLogps):
 class WPOLogps(SummedLogps):
     """The same, with WPO's weights of the pairs, which the losses are multiplied by.
 
-    Zhou et al. 2024 (arXiv 2406.11827, Eq. 2 with the sampled alignment of section 3): see `alignment_weights`. As
-    TRL's `use_weighting`. The head gives the chance of a repeated draw in the same pass.
+    Zhou et al. 2024 (arXiv 2406.11827, Eqs. 1 and 2, the sampled alignment of section 3.3): see `alignment_weights`.
+    As TRL's `use_weighting`. The head gives the chance of a repeated draw in the same pass.
     """
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> PairLogps:

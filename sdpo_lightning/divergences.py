@@ -17,7 +17,7 @@ _LARGEST_EXPONENT = 80.0
 
 
 class Divergence(ABC):
-    """Scores f'(u) of ratios u = pi / pi_ref: Wang et al. 2023 (f-DPO, arXiv 2309.16240, section 4 and table 1).
+    """Scores f'(u) of ratios u = pi / pi_ref: Wang et al. 2023 (f-DPO, arXiv 2309.16240).
 
     DPO is f'(u) = log u + 1, the reverse KL; constants cancel between chosen and rejected.
     """
@@ -58,8 +58,8 @@ class JensenShannon(Divergence):
 class AlphaDivergence(Divergence):
     """f'(u) = (u^(alpha - 1) - 1) / (alpha - 1). `alpha_divergence` of TRL.
 
-    The paper's Table 1 has (1 - u^(-alpha)) / alpha: TRL's alpha, which this follows, is 1 minus the paper's. Exponents
-    above 80 count as 80, as there.
+    The paper's is (1 - u^(-alpha)) / alpha: TRL's alpha, which this follows, is 1 minus the paper's. Exponents above
+    80 count as 80, as there.
 
     Attributes:
         alpha: 1 gives the reverse KL, 0 the forward one.

@@ -251,7 +251,7 @@ def token_positions(batch: PreferenceBatch) -> Tensor:
 def alignment_weights(logps: Tensor, collisions: Tensor, batch: PreferenceBatch) -> Tensor:
     """WPO's weight of each pair: w(y_w) * w(y_l), w(y) = exp(mean over tokens of log p(y_t) - log sum_v p_v^2).
 
-    Zhou et al. 2024 (arXiv 2406.11827, Eq. 2, with its sampled alignment).
+    Zhou et al. 2024 (arXiv 2406.11827, Eq. 1 for the product, Eq. 2 for w: its sampled alignment).
 
     Args:
         logps: `[N]` of the completion tokens, nats.

@@ -190,7 +190,7 @@ def discopop_loss(
 ) -> Tensor:
     """The log-ratio modulated loss: (1 - m) * -log sigmoid(z) + m * exp(-z), with m = sigmoid(z / tau).
 
-    Lu et al. 2024 (DiscoPOP, arXiv 2406.08414, Eq. 5). As TRL's `discopop`, which gives NaN below z = -88.
+    Lu et al. 2024 (DiscoPOP, arXiv 2406.08414, section 6.1, Eq. 5). As TRL's `discopop`, which gives NaN below z = -88.
 
     Args:
         policy: logps `[B]`.
@@ -211,7 +211,7 @@ def discopop_loss(
 def dpop_loss(policy: PairLogps, reference: PairLogps, beta: float, penalty: float = 50.0) -> Tensor:
     """DPO that doesn't let the chosen answer fall: -log sigmoid(beta * (margin - lambda * max(0, -chosen score))).
 
-    Pal et al. 2024 (DPO-Positive, Smaug, arXiv 2402.13228, Eq. 3). TRL has none.
+    Pal et al. 2024 (DPO-Positive, Smaug, arXiv 2402.13228, section 4, Eq. 3). TRL has none.
 
     Args:
         policy: logps `[B]`.

@@ -18,8 +18,9 @@ def _mean_logps(policy: PairLogps) -> tuple[Tensor, Tensor]:
 def sft_loss(policy: PairLogps) -> Tensor:
     """-log pi(y_w | x) / |y_w|: the likelihood term of a weighted sum.
 
-    Pang et al. 2024 (RPO, arXiv 2404.19733, Eq. 1), where |y_w| counts the answer. TRL's `sft` is the mean over all
-    chosen tokens of a batch, so that a long answer weighs more; this follows the paper: a mean per pair.
+    Pang et al. 2024 (RPO, arXiv 2404.19733, Eq. 1), where |y_w| counts reasoning and answer, that is the whole
+    completion. TRL's `sft` is the mean over all chosen tokens of a batch, so that a long answer weighs more; this
+    follows the paper: a mean per pair.
 
     Args:
         policy: logps `[B]`, and lengths `[B]` tokens.
@@ -38,7 +39,7 @@ def simpo_loss(policy: PairLogps, beta: float, margin: float = 0.5, label_smooth
 
     Args:
         policy: logps `[B]`, and lengths `[B]` tokens.
-        beta: of logps per token: 2 to 10 in the paper.
+        beta: of logps per token; its authors take 2 to 10.
         margin: least difference of the rewards that is asked for.
         label_smoothing: eps, in [0, 0.5).
 
@@ -52,7 +53,7 @@ def simpo_loss(policy: PairLogps, beta: float, margin: float = 0.5, label_smooth
 def orpo_loss(policy: PairLogps, beta: float) -> Tensor:
     """SFT loss - beta * log sigmoid(log odds of chosen - log odds of rejected), with P = exp(mean logp).
 
-    Hong et al. 2024 (ORPO, arXiv 2403.07691, Eqs. 4, 6 and 7; beta is its lambda). TRL's `ORPOTrainer` takes the
+    Hong et al. 2024 (ORPO, arXiv 2403.07691, Eqs. 3, 4, 6 and 7; beta is its lambda). TRL's `ORPOTrainer` takes the
     SFT loss over prompt and answer and over all tokens of a batch; this takes it of the answer, per pair.
 
     Args:

@@ -19,7 +19,7 @@ def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor
 def nca_pair_loss(policy: PairLogps, reference: PairLogps, beta: float) -> Tensor:
     """-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2.
 
-    Chen et al. 2024 (NCA, arXiv 2402.05369, section 4.1), for two answers a prompt. As TRL's `nca_pair`.
+    Chen et al. 2024 (NCA, arXiv 2402.05369, section 4.1; for two answers a prompt Table 1). As TRL's `nca_pair`.
 
     Args:
         policy: logps `[B]`.
@@ -90,7 +90,7 @@ def apo_zero_loss(policy: PairLogps, reference: PairLogps, beta: float) -> Tenso
 def apo_down_loss(policy: PairLogps, reference: PairLogps, beta: float) -> Tensor:
     """sigmoid(r_w) + 1 - sigmoid(r_w - r_l): both down, rejected more. For chosen answers worse than the model's.
 
-    D'Oosterlinck et al. 2024 (APO, arXiv 2408.06266, Eq. 8). As TRL's `apo_down`.
+    D'Oosterlinck et al. 2024 (APO, arXiv 2408.06266, Eq. 8, which is smaller by the constant 1). As TRL's `apo_down`.
 
     Args:
         policy: logps `[B]`.

@@ -62,7 +62,7 @@ def test_wpo(name, collator, budget):
     backbone.logits_budget_mb = budget
     table = token_table(backbone, pairs)
     weights = [(tokens - collisions).mean().exp() for tokens, collisions in table]
-    # TRL's Eq. 2: the product over both answers.
+    # WPO's Eq. 1: the product over both answers.
     expected = torch.stack([weights[i] * weights[i + 4] for i in range(4)]).detach()
     batch = collator(0)(range(4), pairs, [1.0] * 4, 4)
     policy, plain = WPOLogps()(backbone, batch), SummedLogps()(backbone, batch)

@@ -38,7 +38,7 @@ class Sluggish(Pacing):
 
 
 def test_the_numbers_of_the_paper():
-    # Equation 7 of arXiv 1903.09848 with c0 = 0.6, T = 1: at t = 0.36, sqrt(0.36 * 0.64 + 0.36) = sqrt(0.5904).
+    # Root competence (arXiv 1903.09848) with c0 = 0.6, T = 1: at t = 0.36, sqrt(0.36 * 0.64 + 0.36) = sqrt(0.5904).
     assert RootCompetence(0.6).competence(0.36) == pytest.approx(math.sqrt(0.5904))
     # With T = 0.5 the pool is whole after half of the pass.
     assert RootCompetence(0.6, 0.5).competence(0.5) == 1.0 and RootCompetence(0.6, 0.5).competence(0.9) == 1.0
