@@ -198,8 +198,9 @@ class WithinPrompts(ByColumn):
 class TwoAxes(Quantiles):
     """A grid of prompt rank x gap rank, walked from easy to hard, cut into equal parts (2D-Curri-DPO).
 
-    From that paper (arXiv 2504.07856): the two axes, complexity of the prompt and distance of the two answers' ratings,
-    and a grid of them. Its complexity is the spread of perplexities of sampled answers, which a column has to bring.
+    From that paper (arXiv 2504.07856, withdrawn over its measure of complexity, the spread of perplexities of sampled
+    answers): the two axes, complexity of the prompt, which a column has to bring, and distance of the two answers'
+    ratings, and a grid of them.
     Ours, since we couldn't check the paper's walks against its text: the order by the sum of the two ranks, of cells
     with a like sum the one with the larger gap first, within a cell the larger gap first; equal values share a rank;
     the walk is cut into equal parts.
