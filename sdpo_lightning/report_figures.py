@@ -12,7 +12,7 @@ _POINTS = 200
 
 
 def ranking_chart(run: Run) -> BarChart | None:
-    """M_0's reward accuracy on each source, in training order (arXiv 2403.19270, Table 2)."""
+    """M_0's reward accuracy on each source, in training order (arXiv 2403.19270, section 3.2)."""
     rows = {row["name"]: row for row in run.sources if is_number(row.get("reward_accuracy"))}
     bars = tuple(
         (name, rows[name]["reward_accuracy"], rows[name].get("standard_error") or 0.0)

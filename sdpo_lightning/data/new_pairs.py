@@ -1,6 +1,6 @@
 """Rank 2: pairs that the just-trained model helps to make: `PairSource`, and `SampledPairs` (self-rewarding).
 
-The sDPO paper names it as future work (section 2); Yuan et al. 2024 (arXiv 2401.10020) train on such pairs.
+The sDPO paper names it as future work (section 1); Yuan et al. 2024 (arXiv 2401.10020) train on such pairs.
 """
 
 from __future__ import annotations
