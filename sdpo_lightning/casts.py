@@ -73,6 +73,12 @@ class WeightCasts:
         finally:
             torch.set_autocast_cache_enabled(before)
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Around `generate`, within autocast and without gradients: each of its tokens is a forward pass."""
+        with self.held(), self.in_use():
+            yield
+
     def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight in another dtype, for kernels that autocast doesn't know.
 

@@ -71,11 +71,12 @@ def moments(run: Run, stage: StageLoad) -> list[Moment]:
     # Added up with the gradient that is there already, of an earlier micro-batch or of the other use of a tied weight.
     twice = head_gradient if run.accumulate > 1 or shape.tied else 0.0
     resting = _resting(run) | {"casts or gathered layers": _copies(run)}
+    at_the_end = gradients + twice + _waiting_gradients(run)
     rows = [
         ("end of the forward pass", before, keeps + rest, forward),
         ("backward of the head", before, keeps + rest, backward + head_gradient),
         ("backward of the last layer", max(before, head_gradient), keeps + rest + working, 0.0),
-        ("end of the backward pass", gradients + twice, rest + (0 if run.recompute else layer) + working, 0.0),
+        ("end of the backward pass", at_the_end, rest + (0 if run.recompute else layer) + working, 0.0),
     ]
     found = [
         Moment(name, resting | {"gradients": grads + buckets, "activations": kept, "logits and head": head})
@@ -134,7 +135,7 @@ def _copies(run: Run) -> float:
     """Bytes of copies of weights in the numbers that are computed with."""
     shape = run.shape
     if run.shards == 1:
-        cast = shape.head_parameters + (0 if run.quantization else shape.linear_parameters)
+        cast = shape.head_parameters + (0 if run.quantization else _cast_at_once(run) * shape.linear_parameters)
         if run.stores_bf16:
             cast = shape.head_parameters if shape.tied else 0
         return 2.0 * (cast + (run.trainable if run.lora else 0)) if run.bf16 else 0.0
@@ -144,6 +145,21 @@ def _copies(run: Run) -> float:
     gathered = 2 * shape.layer_parameters * small + root * run.number
     scattered = 0 if run.lora else (shape.layer_parameters + root) * (run.number + 4)
     return float(gathered + scattered)
+
+
+def _cast_at_once(run: Run) -> float:
+    """Share of the layers whose weights have a copy at the same time: recomputed layers make theirs for a moment."""
+    layers = run.shape.layers
+    recomputed = -(-layers // run.recompute) if run.recompute else 0
+    return min(layers, layers - recomputed + 1) / layers
+
+
+def _waiting_gradients(run: Run) -> float:
+    """Bytes of gradients of copies that are kept for a step: from its second micro-batch on the copies are the oldest
+    nodes of the graph, so the backward pass comes to them last.
+    """
+    kept = run.bf16 and run.accumulate > 1 and run.shards == 1 and not run.recompute
+    return 2.0 * (run.trainable if run.lora else run.shape.linear_parameters) if kept else 0.0
 
 
 def _layer(run: Run, load: Load) -> float:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sdpo_lightning.attention import packed_rows
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.generation import Answer, Generator, Prompt, Sampling, prompt_ids
 from sdpo_lightning.types import ConfigurationError
 
@@ -76,7 +77,13 @@ class TransformersGenerator(Generator):
         self._model.eval()
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), torch.no_grad(), packed_rows(False), self._context():
+            with (
+                torch.random.fork_rng(devices),
+                torch.no_grad(),
+                packed_rows(False),
+                self._context(),
+                CASTS.generating(),
+            ):
                 torch.manual_seed(seed)
                 yield
         finally:

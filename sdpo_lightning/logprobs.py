@@ -77,9 +77,10 @@ def linear_token_logps(
     selected = hidden.flatten(0, 1)[sources]
     kind = selected.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
-    weight = CASTS.cast(head.weight, dtype)
-    bias = None if head.bias is None else CASTS.cast(head.bias, dtype)
-    logps, repeated = _LinearLogps.apply(selected.to(dtype), weight, bias, targets, scale, logits_budget_mb, collisions)
+    # The gradient goes to the weight itself, in its dtype: through the copy it would be rounded, and held twice more.
+    copies = tuple(None if t is None else CASTS.cast(t, dtype).detach() for t in (head.weight, head.bias))
+    settings = (scale, logits_budget_mb, collisions)
+    logps, repeated = _LinearLogps.apply(selected.to(dtype), head.weight, head.bias, copies, targets, settings)
     return (torch.stack([logps, repeated]) if collisions else logps)[..., : len(batch.target_ids)]
 
 
@@ -109,13 +110,13 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        trained_weight: Tensor,
+        trained_bias: Tensor | None,
+        copies: tuple[Tensor, Tensor | None],
         targets: Tensor,
-        scale: float,
-        budget_mb: float,
-        collisions: bool,
+        settings: tuple[float, float, bool],
     ) -> tuple[Tensor, Tensor | None]:
+        (weight, bias), (scale, budget_mb, collisions) = copies, settings
         count, vocab = len(hidden), len(weight)
         needs_grad = any(ctx.needs_input_grad[:3])
         keeps = needs_grad and count * vocab * hidden.element_size() <= budget_mb * 2**20
@@ -136,7 +137,7 @@ class _LinearLogps(torch.autograd.Function):
             if kept is not None:
                 kept[rows] = _minus_one_hot(logits.mul_(total.reciprocal()), chosen)
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.kept, ctx.scale, ctx.budget_mb = kept, scale, budget_mb
+        ctx.kept, ctx.scale, ctx.budget_mb, ctx.dtype = kept, scale, budget_mb, trained_weight.dtype
         if repeated is not None:
             ctx.mark_non_differentiable(repeated)
         return logps, repeated
@@ -171,9 +172,11 @@ class _LinearLogps(torch.autograd.Function):
                 d_weight = part if len(part) and rows_at_once >= len(hidden) else _add(d_weight, part)
             if wants_bias:
                 d_bias = _add(d_bias, d_logits.sum(0, dtype=torch.float32))
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = None if d_bias is None else d_bias.to(weight.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        # The logits make room before the weight's gradient is turned into its own dtype.
+        kept = d_logits = None
+        d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
+        d_bias = None if d_bias is None else d_bias.to(ctx.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:

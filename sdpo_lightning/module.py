@@ -246,8 +246,10 @@ class DPOLitModule(HeldOutPairs):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One micro-batch: its share of the mean loss over the pairs of the optimizer step."""
         reference = self.reference.logps(batch)
-        # Until the optimizer step: every micro-batch of it sees the same weights.
-        CASTS.hold()
+        # Until the optimizer step: every micro-batch of it sees the same weights. Where memory is dearer than time
+        # they are cast for a moment: kept copies and, until a backward pass ends, their gradients are 4 bytes a weight.
+        if not self.execution.gradient_checkpointing:
+            CASTS.hold()
         policy = self.compute_logps(self.policy, batch)
         self.last_logps = (policy.detach(), reference)
         losses = self.preference_loss(policy, reference) + self.policy.router.take()

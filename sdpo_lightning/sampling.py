@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from sdpo_lightning.attention import packed_rows
+from sdpo_lightning.casts import CASTS
 
 Message = dict[str, str]
 
@@ -151,7 +152,7 @@ def draw_answers(
         max_new_tokens=numbers.shape[1], do_sample=False, use_cache=True, eos_token_id=list(ends), pad_token_id=pad
     )
     draw = DrawByUniforms(numbers)
-    with packed_rows(False), _no_generation_settings(model):
+    with packed_rows(False), _no_generation_settings(model), CASTS.generating():
         found = model.generate(
             input_ids=rows,
             attention_mask=mask,

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from sdpo_lightning.attention import packed_rows
+from sdpo_lightning.casts import CASTS
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
@@ -198,7 +199,8 @@ class StageSamples(StageModels):
         was_training = policy.training
         policy.eval()
         try:
-            with torch.no_grad(), packed_rows(False), trainer.precision_plugin.forward_context():
+            in_precision = trainer.precision_plugin.forward_context()
+            with torch.no_grad(), packed_rows(False), in_precision, CASTS.generating():
                 found = model.generate(input_ids=rows, attention_mask=mask, generation_config=settings)
         finally:
             policy.train(was_training)

@@ -143,3 +143,44 @@ def test_an_interrupted_run_leaves_nothing_held(tmp_path, tiny_model_dir):
     with pytest.raises(RuntimeError, match="power cut"):
         fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[Stop()], trainer_args={"precision": "bf16-mixed"})
     assert not CASTS.is_held
+
+
+def test_recomputed_layers_are_cast_for_a_moment(tmp_path, tiny_model_dir, monkeypatch):
+    holds, hold = [], WeightCasts.hold
+
+    def noted(self):
+        holds.append(torch.is_grad_enabled())
+        hold(self)
+
+    monkeypatch.setattr(WeightCasts, "hold", noted)
+    sources = [PreferenceSource("a", str(write_jsonl(tmp_path / "a.jsonl", make_rows(12, 1))))]
+    folders = []
+    for recomputed in (False, True):
+        holds.clear()
+        fit(
+            tmp_path / str(recomputed),
+            tiny_model_dir,
+            sources,
+            reference=CachedReference(),
+            module_args={"optimizer": adamw(), "gradient_checkpointing": recomputed},
+            trainer_args={"precision": "bf16-mixed", "accumulate_grad_batches": 3},
+        )
+        # Passes without gradients (ranking, reference, samples) hold copies either way, training only without.
+        assert set(holds) == ({False} if recomputed else {False, True})
+        folders.append(next((tmp_path / str(recomputed) / "stages").glob("01-*")))
+    assert_same_weights(*folders)
+
+
+def test_generate_casts_once(tmp_path, tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    from sdpo_lightning.sampling import draw_answers, uniforms
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    shape = tuple(model.get_output_embeddings().weight.shape)
+    numbers = uniforms(0, 0, 0, 4).expand(1, 4)
+    with CountCasts(shape) as counter, torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        draw_answers(model, [[5, 6, 7]], numbers, [10**6], 0)
+    # Four tokens, one copy of the head.
+    assert counter.count == 1
+    assert not CASTS.is_held

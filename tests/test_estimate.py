@@ -126,6 +126,15 @@ def test_copies_of_weights_and_buckets():
     # bf16 copies of all matrices but the embedding, until the optimizer step.
     assert moment_of(mixed, "end of the backward pass").rows["casts or gathered layers"] == 2 * (3 * LINEAR + 1600)
     assert "casts or gathered layers" not in moment_of(mixed, "optimizer step").rows
+    # Recomputed layers have one's copies at a time; of 3 layers every second recomputed, 1 is kept and 1 made again.
+    for every, layers in ((1, 1), (2, 2)):
+        recomputed = moment_of(replace(mixed, recompute=every), "end of the backward pass")
+        assert math.isclose(recomputed.rows["casts or gathered layers"], 2 * (layers * LINEAR + 1600))
+    # Gradients of copies that earlier micro-batches have used too wait for the end of the backward pass, in bf16.
+    later = replace(mixed, accumulate=2)
+    waiting = moment_of(later, "end of the backward pass").rows["gradients"]
+    again = moment_of(replace(later, recompute=1), "end of the backward pass").rows["gradients"]
+    assert waiting - again == 2 * 3 * LINEAR
     ddp = moment_of(tiny_run(ranks=2, ranks_a_node=2, cuda=True), "optimizer step")
     assert ddp.rows["gradients"] == 2 * 4 * PARAMETERS
 

@@ -328,3 +328,15 @@ def test_fused_head_in_bf16_keeps_the_gradient_of_a_sure_token():
     # d logp / d logit of the target is 1 - p; its weight rounds to 6.9062 in bf16.
     p = 1 / (1 + math.exp(-6.90625))
     assert head.weight.grad[0, 0].item() == pytest.approx(1 - p, rel=1e-2)
+
+
+def test_the_heads_gradient_is_in_the_dtype_of_its_weight():
+    """Under autocast and in chunks: the fp32 sum over chunks isn't rounded to the bf16 of the products."""
+    torch.manual_seed(0)
+    head, batch, hidden = torch.nn.Linear(8, 96), Positions(20, 96), torch.randn(1, 20, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        # 2 rows of 96 bf16 logits at once.
+        linear_token_logps(hidden, batch, head, 1.0, 2 * 96 * 2 / 2**20).sum().backward()
+    for gradient in (head.weight.grad, head.bias.grad):
+        assert gradient.dtype == torch.float32
+        assert (gradient != gradient.bfloat16().float()).any()
