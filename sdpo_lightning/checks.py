@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from sdpo_lightning.files import FOLDERS
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
 from sdpo_lightning.strategy import FSDP2Strategy
 from sdpo_lightning.types import ConfigurationError, ResumeError
@@ -119,7 +120,7 @@ def check_links(root: Path) -> None:
     Raises:
         ConfigurationError: with the link.
     """
-    for name in ("stages", "checkpoints", "references", "new_pairs"):
+    for name in (*FOLDERS, "stale"):
         path = root / name
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise ConfigurationError(

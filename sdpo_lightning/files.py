@@ -28,10 +28,13 @@ def write_json(path: Path, content: Any) -> None:
     publish(staging, path)
 
 
+# Of a run directory, that hold what the run leaves.
+FOLDERS = ("checkpoints", "stages", "references", "random_states", "new_pairs")
+
+
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    names = ("checkpoints", "stages", "references", "random_states", "new_pairs")
-    for folder in (run_dir, *(run_dir / name for name in names)):
+    for folder in (run_dir, *(run_dir / name for name in FOLDERS)):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
