@@ -98,7 +98,11 @@ class MetricsLog(pl.Callback):
         row = self._row(trainer, pl_module, stage, values)
         first = self._summarise(stage, pairs, values, row["train/peak_memory"])
         logged = {key: value for key, value in row.items() if key not in ("step", "train/loss")}
-        pl_module.log_dict(logged, rank_zero_only=False)
+        if trainer.loggers:
+            pl_module.log_dict(logged, rank_zero_only=False)
+        else:
+            # Only callbacks read them, as `monitor`: `log_dict` takes longer than a step of a small model.
+            trainer.callback_metrics.update({key: torch.tensor(float(value)) for key, value in logged.items()})
         pl_module.log("train/loss", row["train/loss"], prog_bar=True)
         if self._file is not None and (first or trainer.global_step % max(1, trainer.log_every_n_steps) == 0):
             self._file.append(row)
@@ -200,10 +204,10 @@ class StageProgress(pl.Callback):
         bar = trainer.progress_bar_callback
         if self._began is None:
             self._began = (time.perf_counter(), trainer.global_step)
-        text = self._text(trainer, pl_module.stage, pl_module.record)
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-            bar.train_progress_bar.set_description(text)
+            bar.train_progress_bar.set_description(self._text(trainer, pl_module.stage, pl_module.record))
         elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+            text = self._text(trainer, pl_module.stage, pl_module.record)
             bar.progress.update(bar.train_progress_bar_id, description=text)
 
     def _text(self, trainer: pl.Trainer, stage: Stage, record: StageRecord) -> str:
