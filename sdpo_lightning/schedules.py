@@ -10,7 +10,7 @@ from sdpo_lightning.types import ScheduleName
 def warmup_steps(num_steps: int, warmup_ratio: float) -> int:
     """Warm-up steps of a stage: `ceil(ratio * steps)`, as transformers counts them.
 
-    None where the stage has one step: the first step of a warm-up has a learning rate of 0, so nothing would be trained.
+    None where the stage has one step: that of a warm-up's first step is 0, so nothing would be trained.
 
     Args:
         num_steps: optimizer steps of the stage.

@@ -10,8 +10,8 @@ import torch
 from helpers import make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses, reproducible
 from safetensors.torch import load_file
-from test_references import LN2, LORA, check_every_checkpoint, dpo, first_losses, forked, logps_of, sequence_logps
 from templates import tokenizer_of
+from test_references import LN2, LORA, check_every_checkpoint, dpo, first_losses, forked, logps_of, sequence_logps
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
