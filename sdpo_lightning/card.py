@@ -53,6 +53,7 @@ class CardFacts:
         metrics: column of `metrics.csv` -> its last value in the stage.
         versions: package -> version.
         notes: what the user was told and accepted.
+        ended: where and why a stop rule ended the stage; "" where its plan was finished.
     """
 
     index: int
@@ -72,6 +73,7 @@ class CardFacts:
     metrics: Mapping[str, str]
     versions: Mapping[str, str]
     notes: Sequence[str] = field(default_factory=tuple)
+    ended: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -136,6 +138,7 @@ def _stage_table(facts: CardFacts) -> str:
         "stage": f"{facts.index} of {facts.num_stages}, {facts.stage}",
         "sources": sources,
         "pairs": f"{facts.pairs}",
+        **({"ended before its plan": facts.ended} if facts.ended else {}),
         "tokenised rows, sha256": f"`{facts.data_digest}`",
         "reference": f"{facts.reference}, weights' sha256 `{facts.reference_digest}`",
         "S, weights' sha256": f"`{facts.base_digest}`",

@@ -122,6 +122,8 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
     data, record, base = trainer.datamodule, pl_module.record, pl_module.model_name_or_path
     indices = sorted({pair_id >> 40 for pair_id in stage.pair_ids})
     is_hub, ledger = not Path(base).exists(), Ledger.read(run_dir(trainer))
+    # The ledger has it once the stage is closed, after the export.
+    end = data.ends.get(stage.index)
     return CardFacts(
         index=stage.index,
         num_stages=len(data.stages()),
@@ -140,6 +142,7 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
         versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
         notes=tuple(data.accepted),
+        ended="" if end is None else f"after {sum(end.epoch_steps)} steps, {end.pairs} pairs: {end.reason}",
     )
 
 
