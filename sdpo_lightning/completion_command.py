@@ -23,9 +23,11 @@ class _ParserOf:
     """Before `CurriculumCLI` or a subclass among the bases: the parser is made, and no word is read."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The program's own name, and none of Lightning's words."""
         return OneLineParser(prog=PROGRAM, **{**kwargs, "description": ""})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Hand the parser out."""
         raise _Made(parser)
 
 

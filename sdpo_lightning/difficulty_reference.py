@@ -7,7 +7,7 @@ import logging
 import lightning.pytorch as pl
 
 from sdpo_lightning.exactness import layout_problem
-from sdpo_lightning.reference import score_pairs
+from sdpo_lightning.logp_tables import score_pairs
 from sdpo_lightning.types import ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.card import CardFacts, CardSource, model_card, stage_metrics, use_lines
-from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger

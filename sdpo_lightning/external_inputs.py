@@ -69,7 +69,7 @@ def _load(pl_module: pl.LightningModule, name: str, quantization: QuantizationNa
 def _pairs(
     trainer: pl.Trainer, pl_module: pl.LightningModule, tokenizer: str | None, max_length: int | None
 ) -> ReferenceInputs:
-    """Raises `ConfigurationError` where some pairs are made later."""
+    """See `ExternalInputs.pairs`; refuses pairs that are made just before their stage."""
     data = trainer.datamodule
     if data.made.names:
         raise ConfigurationError(

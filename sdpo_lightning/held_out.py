@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
 from sdpo_lightning.reference import ReferencePolicy
-from sdpo_lightning.schedules import ScheduleName
-from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch
+from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ScheduleName
 
 
 class HeldOutPairs(StageOptimization):

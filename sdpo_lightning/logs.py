@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sdpo_lightning.bars import BARS
 from sdpo_lightning.check_report import source_lines
 from sdpo_lightning.data.endings import pairs_trained
 from sdpo_lightning.files import MetricsFile, write_json
+from sdpo_lightning.memory import peak_bytes
 from sdpo_lightning.metrics import PreferenceMetrics
 from sdpo_lightning.stage_lines import clock
 from sdpo_lightning.terminal import bar_opener, is_terminal
@@ -161,7 +161,7 @@ def peak_memory() -> int:
     """Peak bytes so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 class StageProgress(pl.Callback):

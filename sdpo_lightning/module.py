@@ -46,7 +46,6 @@ from sdpo_lightning.reference import ReferencePolicy, ResidentReference
 from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.run_state import run_plan
-from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.stage_judge import judge_settings
 from sdpo_lightning.stage_models import StageEvaluation, StageSamples, StageTable
 from sdpo_lightning.strategy import sharding_of
@@ -56,6 +55,7 @@ from sdpo_lightning.types import (
     PreferenceBatch,
     QuantizationName,
     ResumeError,
+    ScheduleName,
     StageRecord,
 )
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.data.prepare import row_number
-from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
-from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage, StageSettings
+from sdpo_lightning.data.rows import row_number
+from sdpo_lightning.schedules import learning_rate_factor, warmup_steps
+from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ScheduleName, Stage, StageSettings
 
 Value = TypeVar("Value")
 

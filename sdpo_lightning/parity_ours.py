@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sdpo_lightning.cli import CurriculumCLI
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.memory import peak_resident
 from sdpo_lightning.module import DPOLitModule
-from sdpo_lightning.parity import peak_resident
 from sdpo_lightning.parity_trl import now
 from sdpo_lightning.types import Chunk, ConfigurationError
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_lightning.parity import peak_resident
+from sdpo_lightning.memory import peak_resident
 from sdpo_lightning.schedules import warmup_steps
 
 
@@ -108,12 +108,15 @@ def _ordered() -> type:
 
     class Ordered(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
+            """As they are."""
             return dataset
 
         def _get_train_sampler(self, dataset=None):
+            """In their order."""
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            """Also note the loss of the micro-batch."""
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self.micro_losses.append((found[0] if return_outputs else found).item())
             return found
@@ -131,9 +134,11 @@ def _clock() -> Any:
             self.seconds, self._began = 0.0, 0.0
 
         def on_step_begin(self, args, state, control, **kwargs):
+            """Look at the clock."""
             self._began = now()
 
         def on_step_end(self, args, state, control, **kwargs):
+            """Add the step's seconds."""
             self.seconds += now() - self._began
 
     return Clock()

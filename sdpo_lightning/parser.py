@@ -14,6 +14,7 @@ from sdpo_lightning.types import ConfigurationError
 class _NamingParser(LightningArgumentParser):
     # jsonargparse makes one for each class that a config names: `known` are then that class's settings.
     def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Name the key that was probably meant, where one is unknown."""
         try:
             super().validate(*args, **kwargs)
         except KeyError as error:

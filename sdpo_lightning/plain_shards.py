@@ -27,6 +27,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Knows nothing but the records of a distributed checkpoint and PyTorch's dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Only what the list of shards is made of."""
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 
@@ -14,7 +14,7 @@ from sdpo_lightning.types import ConfigurationError, Stage
 log = logging.getLogger(__name__)
 
 PolicyStart = Literal["previous", "sft"]
-_STARTS = ("previous", "sft")
+_STARTS = get_args(PolicyStart)
 
 
 def check_start_name(name: str) -> None:

@@ -22,10 +22,10 @@ from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.likelihood import LikelihoodGuard
+from sdpo_lightning.logp_tables import read_table, score_pairs, write_table
 from sdpo_lightning.logs import MetricsLog
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import read_table, score_pairs, write_table
 from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
 from sdpo_lightning.sampling import Message, chosen_prompts, end_tokens, left_padded, until_end
 from sdpo_lightning.scoring import numerics

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Note = tuple[int, str]  # level and text of a log line
 
+
 @dataclass
 class SourceRows:
     """The rows of one source that can be trained on, and what became of the others."""
