@@ -66,8 +66,9 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`; see `linear_token_logps`."""
-        packed = batch.segments is not None
-        segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
+        packed, segments = False, {}
+        if batch.segments is not None:
+            packed, segments = True, {"segments": SegmentPlan(batch.segments, batch.input_ids.device)}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
         parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
         with parked:
@@ -96,7 +97,7 @@ class CausalBackbone(nn.Module):
         Raises:
             ConfigurationError: it has none that is marked as such.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
             raise ConfigurationError(
                 f"{type(self.model).__name__} has no decoder layers that can be recomputed or compiled; leave "
@@ -196,7 +197,8 @@ def load_policy(
     config = _read_config(model_name_or_path, disable_dropout)
 
     def read(use_safetensors: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(
+        # A pair by `output_loading_info`, which its types don't say.
+        found: Any = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=torch.float32,
@@ -209,6 +211,8 @@ def load_policy(
             # Else a quantised model goes to the GPU, whatever the Trainer's device.
             device_map=quantization and {"": torch.get_default_device()},
         )
+        model, loading = found
+        return model, loading
 
     try:
         try:

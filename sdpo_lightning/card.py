@@ -126,7 +126,8 @@ def stage_metrics(path: Path, stage_index: int) -> dict[str, str]:
         return {}
     with path.open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["stage/index"] == str(stage_index)]
-    shown, found = tuple(f"/{name}" for name in _SHOWN), {}
+    shown = tuple(f"/{name}" for name in _SHOWN)
+    found: dict[str, str] = {}
     for row in rows:
         found |= {key: value for key, value in row.items() if value and key.endswith(shown)}
     return found

@@ -69,11 +69,9 @@ def print_completion(
 
 
 def _parser(cli: type[CurriculumCLI], model_class: Any, datamodule_class: Any, run: bool) -> Any:
-    class Unread(_ParserOf, cli):
-        pass
-
+    unread = type("Unread", (_ParserOf, cli), {})
     try:
-        Unread(model_class, datamodule_class, [], run=run)
+        unread(model_class, datamodule_class, [], run=run)
     except _Made as made:
         return made.args[0]
     raise AssertionError("the command line read its words")

@@ -53,17 +53,19 @@ def score_pairs(
             for batch in tracked:
                 _leave_if_asked(device)
                 batch = batch.to(device)
-                logps, have = known.lookup(batch.pair_id) if known else (None, None)
-                if have is None or _on_any_rank(not bool(have.all()), model, device):
+                found = None if known is None else known.lookup(batch.pair_id)
+                if found is None or _on_any_rank(not bool(found[1].all()), model, device):
                     logps = compute_logps(model, batch)
+                else:
+                    logps = found[0]
                 columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
                 real = batch.weights > 0
                 rows.add([column[real] for column in columns])
                 failpoint("mid_precompute")
     finally:
         model.train(was_training)
-    ids, *columns = (torch.cat(parts) for parts in zip(*from_every_rank(rows.columns()), strict=True))
-    return LogpTable.build(ids, PairLogps(*columns))
+    ids, *gathered = (torch.cat(parts) for parts in zip(*from_every_rank(rows.columns()), strict=True))
+    return LogpTable.build(ids, PairLogps(*gathered))
 
 
 class _Rows:

@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -88,7 +90,7 @@ class StageOptimization(pl.LightningModule):
         index = 1 if stage is None else stage.index
         return index, self.trainer.datamodule.name_of(index)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """A fresh optimizer and schedule; called again at each stage boundary.
 
         The schedule looks the stage up at each call: when Lightning first calls this, the plan isn't made yet.
@@ -178,7 +180,7 @@ class StageOptimization(pl.LightningModule):
         self,
         epoch: int,
         batch_idx: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, and free the gradients: at the height of the next forward pass they would stand idle."""

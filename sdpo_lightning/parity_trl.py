@@ -107,21 +107,24 @@ def _ordered() -> type:
     from torch.utils.data import SequentialSampler
 
     class Ordered(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
+        micro_losses: list[float] = []
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             """As they are."""
             return dataset
 
-        def _get_train_sampler(self, dataset=None):
+        def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
             """In their order."""
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             """Also note the loss of the micro-batch."""
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self.micro_losses.append((found[0] if return_outputs else found).item())
             return found
 
-    Ordered.micro_losses = []
     return Ordered
 
 
@@ -130,14 +133,14 @@ def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def __init__(self):
+        def __init__(self) -> None:
             self.seconds, self._began = 0.0, 0.0
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Look at the clock."""
             self._began = now()
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Add the step's seconds."""
             self.seconds += now() - self._began
 

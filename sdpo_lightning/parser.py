@@ -33,7 +33,8 @@ class OneLineParser(_NamingParser):
 
     verbs: Any = None
 
-    def add_subcommands(self, required: bool = True, dest: str = "subcommand") -> Any:
+    # jsonargparse also takes what argparse does; Lightning gives none of it.
+    def add_subcommands(self, required: bool = True, dest: str = "subcommand") -> Any:  # type: ignore[override]
         """As jsonargparse's."""
         self.verbs = super().add_subcommands(required, dest)
         return self.verbs

@@ -11,8 +11,10 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
-_METADATA = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")
-_METADATA += ("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")
+_METADATA = (
+    *("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex"),
+    *("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
 _ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),

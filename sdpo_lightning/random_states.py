@@ -27,7 +27,9 @@ def collect_random_states() -> list[dict[str, Any]]:
 
 def _own_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
     assert version == 3 and name == "MT19937"
     return {
         "python": torch.tensor(internal, dtype=torch.int64),

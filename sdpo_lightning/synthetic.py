@@ -28,7 +28,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 Row = dict[str, str]
 
@@ -44,7 +50,7 @@ _READERS = ("neighbours", "pupils", "sailors", "farmers", "tourists", "bakers", 
 # A topic and its rival are neighbours: (foxes, hens), (rivers, deserts), ...
 _TOPICS = ("foxes", "hens", "rivers", "deserts", "violins", "drums", "apples", "onions")
 _TIMES = ("today", "tonight", "tomorrow", "soon", "again", "briefly", "slowly", "twice")
-_FILLERS = ("well", "just", "really", "often", "perhaps", "still")
+_FILLERS: tuple[str, ...] = ("well", "just", "really", "often", "perhaps", "still")
 _FILLERS += ("mostly", "rather", "almost", "quite", "never", "simply")
 _POLITE, _RUDE = ("sure", "gladly"), ("ugh", "listen")
 _WARM, _COLD = ("cheers", "goodbye"), ("whatever", "enough")
@@ -168,7 +174,7 @@ def train_sft(
 @torch.no_grad()
 def preference_rate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     source: str,
     samples: int = 4,
@@ -200,7 +206,7 @@ def preference_rate(
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
 ) -> tuple[float, float]:
     """Reference-free accuracy: share of pairs with gamma > 0, ties counted 1/2.
 
@@ -291,7 +297,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _answer_logps(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], answers: Sequence[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
 ) -> Tensor:
     """Logps `[B]` (nats) of answers given their prompts, summed over the answer's tokens and EOS."""
     prompt_ids = tokenizer(list(prompts))["input_ids"]
@@ -306,7 +312,7 @@ def _answer_logps(
 
 
 def _sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], seed: int
 ) -> list[str]:
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     ids, mask = batch["input_ids"], batch["attention_mask"]

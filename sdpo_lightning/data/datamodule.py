@@ -192,7 +192,7 @@ class CurriculumDataModule(PairLists):
             m0: logps of M_0 for the ranked pairs; None where no order is asked for.
             reference: of `difficulty_reference`, for the same pairs.
         """
-        scores: dict[str, Tensor] = {}
+        scores: Mapping[str, Tensor] = {}
         if m0 is not None:
             scores = rank_sources(list(self.reports.values()), self.ranked_ids(), self.pair_scores, m0, reference)
         scores = self._row_scores or scores
@@ -260,6 +260,7 @@ class CurriculumDataModule(PairLists):
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
         if self.staging.ranked_by == "previous" and stage.index > self._decided:
+            assert self._chunks is not None
             self._chunks, decision = rank_again(self.trainer, self._chunks, stage.index)
             self._decided, self._decisions = stage.index, [*self._decisions, decision]
             stage = self.stages()[stage.index - 1]
@@ -313,6 +314,7 @@ class CurriculumDataModule(PairLists):
 
     def plan(self) -> DataPlan:
         """All that decides which pair a step sees."""
+        assert self.trainer is not None
         if self._row_hashes is None:
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
         settings = self._passes(self.collator).settings() | {

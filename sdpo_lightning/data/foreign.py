@@ -104,10 +104,10 @@ class ForeignRows:
                 packed = "extras" in read.rows.column_names
                 for row in read.rows:
                     if row["pair_id"] in wanted:
-                        texts = (row["prompt"], self._open(row["chosen"]), self._open(row["rejected"]))
-                        if packed:
-                            texts = tuple(map(unpack, texts))
-                        yield row["pair_id"], tokenize(*texts, row["extras"] if packed else "")
+                        sides = ("prompt", "chosen", "rejected")
+                        prompt, chosen, rejected = (unpack(row[side]) if packed else row[side] for side in sides)
+                        extras = row["extras"] if packed else ""
+                        yield row["pair_id"], tokenize(prompt, self._open(chosen), self._open(rejected), extras)
 
     def _open(self, completion: Text) -> Text:
         """Without the policy's end: the other tokenizer adds its own, so each side has one."""
