@@ -66,11 +66,10 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`; see `linear_token_logps`."""
-        packed, segments = False, {}
-        if batch.segments is not None:
-            packed, segments = True, {"segments": SegmentPlan(batch.segments, batch.input_ids.device)}
+        packed, device = batch.segments is not None, batch.input_ids.device
+        segments = {} if batch.segments is None else {"segments": SegmentPlan(batch.segments, device)}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
-        parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
+        parked = self._parked.on(device) if self._parked is not None else nullcontext()
         with parked:
             with packed_rows(packed), CASTS.in_use(), offload:
                 outputs = self.model.base_model(
@@ -197,8 +196,7 @@ def load_policy(
     config = _read_config(model_name_or_path, disable_dropout)
 
     def read(use_safetensors: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-        # A pair by `output_loading_info`, which its types don't say.
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=torch.float32,
@@ -211,8 +209,7 @@ def load_policy(
             # Else a quantised model goes to the GPU, whatever the Trainer's device.
             device_map=quantization and {"": torch.get_default_device()},
         )
-        model, loading = found
-        return model, loading
+        return pair
 
     try:
         try:

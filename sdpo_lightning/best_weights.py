@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import cannot_write, publish
 from sdpo_lightning.ranks import from_first_rank, is_first
+from sdpo_lightning.run_parts import run_dir
 from sdpo_lightning.stage_weights import StageWeights
 from sdpo_lightning.stop_rule import HELD_OUT_LOSS, Mode, check_mode, is_better
 from sdpo_lightning.strategy import sharding_of
@@ -156,7 +156,7 @@ class BestOfStage(StageWeights):
 
 
 def _trained(pl_module: pl.LightningModule) -> list[tuple[str, nn.Parameter]]:
-    policy: nn.Module = pl_module.policy
+    policy: nn.Module = pl_module.trained
     return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
 
 

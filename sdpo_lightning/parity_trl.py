@@ -74,9 +74,8 @@ def train(
     steps = len(pairs) // (made["per_device_train_batch_size"] * accumulate)
     config = trl.DPOConfig(output_dir=str(out), warmup_steps=warmup_steps(steps, settings["warmup_ratio"]), **made)
     device = "cuda" if settings["cuda"] else "cpu"
-    model, reference = (
-        AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).to(device) for _ in range(2)
-    )
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) for _ in range(2)]
+    model, reference = (model.to(device) for model in models)
     trainer = _ordered()(
         model,
         reference,

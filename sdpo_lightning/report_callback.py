@@ -6,9 +6,9 @@ import logging
 
 import lightning.pytorch as pl
 
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.report_command import report_run
+from sdpo_lightning.run_parts import run_dir
 from sdpo_lightning.run_state import has_last_model, leaves_files
 from sdpo_lightning.versions import versions
 

@@ -28,13 +28,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as Fast
 
 Row = dict[str, str]
 
@@ -141,7 +136,7 @@ def write_inputs(
 
 def train_sft(
     seed: int, steps: int = 400, batch_size: int = 128
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[LlamaForCausalLM, Fast]:
     """Train M_0 from scratch on the SFT distribution; the global random state stays as it was.
 
     Args:
@@ -265,16 +260,16 @@ def _draw_answer(rng: random.Random, prompt: str, fixed: dict[str, bool]) -> str
     return f" {opening} {first} {named} {second} {third} {closing}"
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
+def _build_tokenizer() -> Fast:
     words = [_PAD, _BOS, _EOS, _UNK, "tell", "about", ":", *_MOODS, *_READERS, *_TIMES, *_TOPICS, *_FILLERS]
     words += [*_POLITE, *_RUDE, *_WARM, *_COLD]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": _PAD, "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNK}
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=_MAX_LENGTH, **special)
+    return Fast(tokenizer_object=core, model_max_length=_MAX_LENGTH, **special)
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def _build_model(tokenizer: Fast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
