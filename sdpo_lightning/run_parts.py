@@ -117,6 +117,10 @@ class StageModule(pl.LightningModule):
         """See `DPOLitModule`."""
         raise NotImplementedError
 
+    def trainable(self) -> list[nn.Parameter]:
+        """See `StageOptimization`."""
+        raise NotImplementedError
+
     def settings(self) -> dict[str, Any]:
         """See `DPOLitModule`."""
         raise NotImplementedError
