@@ -32,7 +32,7 @@ faults: venv
 lint: venv
 	$(BIN)/ruff check .
 
-# The public API under mypy, as another project sees it.
+# The public API under mypy, as another project sees it, and the package itself.
 types: venv
 	$(BIN)/mypy
 

@@ -79,7 +79,9 @@ class AdapterReference(ReferencePolicy):
 
     def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
         """Read M_{t-1}'s adapter from its folder into the frozen one."""
-        self._model = load_weights()
+        model = load_weights()
+        assert isinstance(model, FrozenAdapter)
+        self._model = model
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """One no-grad forward of the policy with the frozen adapter."""
@@ -150,7 +152,10 @@ def frozen_adapter_kept(policy: CausalBackbone) -> Iterator[None]:
 
 def model_digest(model: nn.Module) -> str:
     """Digest of a model's weights, or of base and frozen adapter."""
-    return model.digest() if isinstance(model, FrozenAdapter) else weights_digest(model)
+    if isinstance(model, FrozenAdapter):
+        return model.digest()
+    assert isinstance(model, CausalBackbone)
+    return weights_digest(model)
 
 
 def check_adapters(

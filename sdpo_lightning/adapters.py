@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
-from transformers.utils import is_bitsandbytes_available, is_peft_available
+from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available
 
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import ConfigurationError, QuantizationName, ResumeError
@@ -170,7 +170,9 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ResumeError: another scale or kind: the folder's weights would be another model.
     """
-    path, own = folder / "adapter_config.json", model.peft_config[TRAINED]
+    path = folder / "adapter_config.json"
+    # Of PEFT, which is imported where it is needed only.
+    own: Any = model.peft_config[TRAINED]
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:

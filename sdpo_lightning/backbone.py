@@ -66,10 +66,10 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`; see `linear_token_logps`."""
-        packed = batch.segments is not None
-        segments = {"segments": SegmentPlan(batch.segments, batch.input_ids.device)} if packed else {}
+        packed, device = batch.segments is not None, batch.input_ids.device
+        segments = {} if batch.segments is None else {"segments": SegmentPlan(batch.segments, device)}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
-        parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
+        parked = self._parked.on(device) if self._parked is not None else nullcontext()
         with parked:
             with packed_rows(packed), CASTS.in_use(), offload:
                 outputs = self.model.base_model(
@@ -96,7 +96,7 @@ class CausalBackbone(nn.Module):
         Raises:
             ConfigurationError: it has none that is marked as such.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
             raise ConfigurationError(
                 f"{type(self.model).__name__} has no decoder layers that can be recomputed or compiled; leave "
@@ -196,7 +196,7 @@ def load_policy(
     config = _read_config(model_name_or_path, disable_dropout)
 
     def read(use_safetensors: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
-        return AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             config=config,
             dtype=torch.float32,
@@ -209,6 +209,7 @@ def load_policy(
             # Else a quantised model goes to the GPU, whatever the Trainer's device.
             device_map=quantization and {"": torch.get_default_device()},
         )
+        return pair
 
     try:
         try:

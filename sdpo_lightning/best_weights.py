@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import cannot_write, publish
 from sdpo_lightning.ranks import from_first_rank, is_first
+from sdpo_lightning.run_parts import run_dir, stage_module
 from sdpo_lightning.stage_weights import StageWeights
 from sdpo_lightning.stop_rule import HELD_OUT_LOSS, Mode, check_mode, is_better
 from sdpo_lightning.strategy import sharding_of
@@ -112,7 +113,7 @@ class BestOfStage(StageWeights):
             log.info(text, *_named(stage), self.step, trainer.global_step, self.monitor, self.value)
         self.begin_stage()
         if self._path is not None:
-            from_first_rank(lambda: self._path.unlink(missing_ok=True))
+            from_first_rank(partial(self._path.unlink, missing_ok=True))
 
     def _find(self) -> None:
         assert self._path is not None, "`check` comes first"
@@ -156,7 +157,7 @@ class BestOfStage(StageWeights):
 
 
 def _trained(pl_module: pl.LightningModule) -> list[tuple[str, nn.Parameter]]:
-    policy: nn.Module = pl_module.policy
+    policy = stage_module(pl_module).trained
     return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
 
 

@@ -10,14 +10,16 @@ those are skipped on some resumes.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.checkpoint import DurableCheckpointIO
 from sdpo_lightning.checks import (
@@ -32,21 +34,22 @@ from sdpo_lightning.checks import (
 )
 from sdpo_lightning.data.curriculum import stage_of_epoch
 from sdpo_lightning.data.endings import last_epoch
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.difficulty_reference import score_by_reference
-from sdpo_lightning.export import exporter, run_dir
+from sdpo_lightning.export import exporter
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.files import write_json
-from sdpo_lightning.fork import adopt
+from sdpo_lightning.fork import Fork, adopt
 from sdpo_lightning.loop_progress import go_by_epochs_
 from sdpo_lightning.policy_start import start_policy_
 from sdpo_lightning.random_states import restore_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference_start import check_reference
 from sdpo_lightning.run_lock import RunLock
+from sdpo_lightning.run_parts import StageModule, is_try, run_dir, stage_module
 from sdpo_lightning.run_state import close_stage, is_complete, leaves_files, lock_run, open_stage, take_up
 from sdpo_lightning.scoring import evaluation_inputs, read_m0, score_by_m0, set_layout, stage_inputs
-from sdpo_lightning.self_check import compare_logps, stop_if
-from sdpo_lightning.stage_judge import JudgedStages
+from sdpo_lightning.self_check import check_weights, compare_logps, stop_if
+from sdpo_lightning.stage_judge import JudgedStages, write_curriculum
 from sdpo_lightning.stage_weights import LastOfStage, StageWeights
 from sdpo_lightning.stop_rule import StopRule
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
@@ -86,9 +89,10 @@ class StageTransition(JudgedStages):
         Raises:
             ConfigurationError: Trainer settings that would cut or mix the stages.
         """
+        pl_module = stage_module(pl_module)
         check_strategy(trainer, pl_module)
-        for path in filter(None, (pl_module.model_name_or_path, trainer.datamodule.difficulty_reference)):
-            from_first_rank(lambda path=path: check_vocabulary(trainer.datamodule.tokenizer, path))
+        for path in filter(None, (pl_module.model_name_or_path, data_of(trainer).difficulty_reference)):
+            from_first_rank(partial(check_vocabulary, data_of(trainer).tokenizer, path))
         from_first_rank(lambda: check_links(run_dir(trainer)))
         check_disks(trainer)
         check_start(pl_module)
@@ -100,25 +104,25 @@ class StageTransition(JudgedStages):
             loop.inference_mode = False
         if stage != "fit":
             return
-        trainer.reload_dataloaders_every_n_epochs = 1
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         go_by_epochs_(trainer.fit_loop)
         # Before the first stage there is no reference to validate against.
         trainer.num_sanity_val_steps = 0
-        if not trainer.datamodule.val_names:
+        if not data_of(trainer).val_names:
             trainer.limit_val_batches = 0
         check_trainer(trainer)
         self.judge.check(trainer)
         if pl_module.fork is not None and trainer.ckpt_path is None:
-            from_first_rank(lambda: pl_module.fork.check(run_dir(trainer)))
-        if trainer.datamodule.staging.knows_epochs:
-            self._set_epochs(trainer, trainer.datamodule.total_epochs())
+            from_first_rank(partial(pl_module.fork.check, run_dir(trainer)))
+        if data_of(trainer).staging.knows_epochs:
+            self._set_epochs(trainer, data_of(trainer).total_epochs())
         if leaves_files(trainer):
             lock_run(trainer, self._lock)
 
     @staticmethod
     def _set_epochs(trainer: pl.Trainer, total: int) -> None:
-        given, planned = trainer.fit_loop.max_epochs, trainer.datamodule.total_epochs()
-        if trainer.fast_dev_run:
+        given, planned = trainer.fit_loop.max_epochs, data_of(trainer).total_epochs()
+        if is_try(trainer):
             return
         # Where a stage has ended early, the total is below what was planned.
         if given not in (*_UNSET_EPOCHS, planned, total):
@@ -130,27 +134,30 @@ class StageTransition(JudgedStages):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the logps of this model, and rank the sources by M_0 unless the run is resumed."""
+        pl_module = stage_module(pl_module)
         check_run_dir(trainer, pl_module)
-        data = trainer.datamodule
+        data = data_of(trainer)
         set_layout(trainer, pl_module)
         if trainer.ckpt_path is not None:
             # So that a finished run takes no turn.
             return self._set_epochs(trainer, last_epoch(data.stages()))
         rival = None
-        if data.needs_ranking and not trainer.fast_dev_run:
+        if data.needs_ranking and not is_try(trainer):
             rival = score_by_reference(trainer, pl_module)
             score_by_m0(trainer, pl_module)
         data.rank(pl_module.m0_logps, rival)
         if pl_module.fork is not None:
+            assert isinstance(pl_module.fork, Fork)
             adopt(trainer, pl_module, pl_module.fork)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After every restore: take up the plan, and the reference of a stage that is under way."""
-        data = trainer.datamodule
+        pl_module = stage_module(pl_module)
+        data = data_of(trainer)
         stages = data.stages()
         self._set_epochs(trainer, last_epoch(stages))
         self.judge.weights.go_on(trainer)
-        self._write_curriculum(trainer)
+        write_curriculum(trainer)
         record, self._steps_told = pl_module.record, trainer.global_step
         if trainer.ckpt_path is not None and leaves_files(trainer):
             take_up(trainer, pl_module, stages)
@@ -158,20 +165,13 @@ class StageTransition(JudgedStages):
             read_m0(trainer, pl_module)
             pl_module.stage = stages[record.entered - 1]
             if trainer.ckpt_path is not None or self._is_behind(trainer, pl_module, stages[record.entered]):
-                inputs = stage_inputs(trainer, pl_module, pl_module.stage)
-                pl_module.reference.restore(
-                    lambda: pl_module.load_reference_weights(run_dir(trainer)), pl_module.stage, inputs
-                )
+                inputs = stage_inputs(trainer, pl_module, pl_module.stage_under_way)
+                pl_module.reference.restore(_reads(trainer, pl_module), pl_module.stage_under_way, inputs)
         if pl_module.random_states is not None:
             restore_random_states(pl_module.random_states)
             pl_module.random_states = None
 
-    @staticmethod
-    def _write_curriculum(trainer: pl.Trainer) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            write_json(run_dir(trainer) / "curriculum.json", trainer.datamodule.curriculum())
-
-    def _is_behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, following: Stage) -> bool:
+    def _is_behind(self, trainer: pl.Trainer, pl_module: StageModule, following: Stage) -> bool:
         """In a fork, at a stage's end: whether the reference of the next stage is another model than the policy."""
         if not self.should_advance(trainer, following):
             return True
@@ -187,21 +187,22 @@ class StageTransition(JudgedStages):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """On the first batch of a stage, enter it."""
-        stage = stage_of_epoch(trainer.datamodule.stages(), trainer.current_epoch)
+        pl_module = stage_module(pl_module)
+        stage = stage_of_epoch(data_of(trainer).stages(), trainer.current_epoch)
         if stage.index != pl_module.record.entered:
             self._enter(trainer, pl_module, stage, batch)
 
     def _enter(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, batch: PreferenceBatch
+        self, trainer: pl.Trainer, pl_module: StageModule, stage: Stage, batch: PreferenceBatch
     ) -> None:
         record = pl_module.record
         assert stage.index == record.entered + 1, f"stage {stage.index} follows stage {record.entered}"
         if stage.index > 1:
-            _leave(trainer, pl_module, pl_module.stage)
+            _leave(trainer, pl_module, pl_module.stage_under_way)
         advances = stage.index == 1 or self.should_advance(trainer, stage)
         inputs = stage_inputs(trainer, pl_module, stage)
         if advances:
-            pl_module.reference.advance(pl_module.policy, stage, inputs)
+            pl_module.reference.advance(pl_module.trained, stage, inputs)
             record.reference = pl_module.reference.model_index(stage)
         else:
             pl_module.reference.stay(stage, inputs)
@@ -215,14 +216,14 @@ class StageTransition(JudgedStages):
         if leaves_files(trainer):
             open_stage(trainer, pl_module, stage)
             failpoint("after_open")
-            if trainer.datamodule.staging.ranked_by == "previous":
-                self._write_curriculum(trainer)
+            if data_of(trainer).staging.ranked_by == "previous":
+                write_curriculum(trainer)
         if stage.index > 1 or stage.settings.given():
             # Those of stage 1 are made before the plan is.
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)
-        self._check_weights(trainer, pl_module, stage, start)
+        check_weights(trainer, pl_module, stage, start)
         pl_module.last_logps = None
         failpoint("after_swap")
         # The first step's own logps are compared before its backward pass: no forward for the check alone.
@@ -236,6 +237,7 @@ class StageTransition(JudgedStages):
         Raises:
             SelfCheckError: they don't.
         """
+        pl_module = stage_module(pl_module)
         batch, self._unchecked = self._unchecked, None
         if batch is None:
             return
@@ -244,37 +246,23 @@ class StageTransition(JudgedStages):
         # All ranks or none: a forward of a sharded model is a collective.
         if trainer.strategy.reduce_boolean_decision(differs, all=False):
             # Dropout, say, shifts the policy in training mode; without it, does it agree?
-            pl_module.policy.eval()
-            policy = pl_module.score(pl_module.policy, batch)
-            pl_module.policy.train()
+            pl_module.trained.eval()
+            policy = pl_module.score(pl_module.trained, batch)
+            pl_module.trained.train()
             problem = compare_logps(pl_module, batch, policy, pl_module.reference.logps(batch))
-        stop_if(trainer, pl_module.stage, problem)
+        stop_if(trainer, pl_module.stage_under_way, problem)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Tell the reference of the micro-batch, and of the optimizer step if there was one, before it is saved."""
+        pl_module = stage_module(pl_module)
         if pl_module.last_logps is not None:
             pl_module.reference.observe(batch, *pl_module.last_logps)
         if trainer.global_step != self._steps_told:
             self._steps_told = trainer.global_step
-            pl_module.reference.after_step(pl_module.policy)
+            pl_module.reference.after_step(pl_module.trained)
             self.end_if_due(trainer, pl_module)
-
-    @staticmethod
-    def _check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, start: int) -> None:
-        """Stop a run whose policy isn't M_start by digest, or whose reference isn't what is recorded of it."""
-        problem, record = "", pl_module.record
-        expected, index = record.digests[start], record.reference
-        found = pl_module.reference.digest()
-        said = pl_module.reference.starts_at_policy or index != stage.index - 1
-        if weights_digest(pl_module.policy) != expected:
-            problem = f"the policy is not M_{start}, whose sha is {expected[:12]}"
-        # One of the user's own that isn't at the policy, and doesn't say what it is, is taken at its word.
-        elif said and found is not None and found != record.digests[index]:
-            name = f"M_{index}" if index >= 0 else "the external model"
-            problem = f"the reference has sha {found[:12]}, {name} has {record.digests[index][:12]}"
-        stop_if(trainer, stage, problem)
 
     # ---- the end, and the other verbs
 
@@ -289,9 +277,10 @@ class StageTransition(JudgedStages):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export M_T if the plan is complete; else say where the run stopped."""
-        if trainer.fast_dev_run:
+        pl_module = stage_module(pl_module)
+        if is_try(trainer):
             return
-        stages = trainer.datamodule.stages()
+        stages = data_of(trainer).stages()
         if is_complete(trainer) and trainer.is_last_batch:
             _leave(trainer, pl_module, stages[-1])
             return
@@ -306,8 +295,9 @@ class StageTransition(JudgedStages):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that ended between its last checkpoint and the export of M_T is resumed without a step: export."""
-        data = trainer.datamodule
-        if trainer.ckpt_path is None or trainer.fast_dev_run or not data.is_ranked:
+        pl_module = stage_module(pl_module)
+        data = data_of(trainer)
+        if trainer.ckpt_path is None or is_try(trainer) or not data.is_ranked:
             return
         stages = data.stages()
         if pl_module.stage is None and is_complete(trainer):
@@ -317,32 +307,40 @@ class StageTransition(JudgedStages):
         elif pl_module.stage is None:
             log.warning("no step was taken: `trainer.max_steps` or `trainer.max_time` is used up; raise it to go on")
 
-    def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> None:
+    def _prepare_evaluation(self, trainer: pl.Trainer, pl_module: StageModule, ids: list[int]) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             return
         set_layout(trainer, pl_module)
         read_m0(trainer, pl_module)
         index = max(pl_module.record.entered, 1)
-        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, trainer.datamodule.settings_of(index))
+        stage = pl_module.evaluated = Stage(index, "evaluation", ids, (1,), 0, data_of(trainer).settings_of(index))
         inputs = evaluation_inputs(trainer, pl_module, ids)
-        pl_module.reference.restore(lambda: pl_module.load_reference_weights(run_dir(trainer)), stage, inputs)
+        pl_module.reference.restore(_reads(trainer, pl_module), stage, inputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside of `fit`: load the reference that belongs to the policy's stage."""
+        pl_module = stage_module(pl_module)
         super().on_validation_start(trainer, pl_module)
-        self._prepare_evaluation(trainer, pl_module, trainer.datamodule.val_ids())
+        self._prepare_evaluation(trainer, pl_module, data_of(trainer).val_ids())
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the reference that belongs to the policy's stage."""
-        self._prepare_evaluation(trainer, pl_module, trainer.datamodule.val_ids())
+        pl_module = stage_module(pl_module)
+        self._prepare_evaluation(trainer, pl_module, data_of(trainer).val_ids())
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the reference that belongs to the policy's stage."""
-        data = trainer.datamodule
+        pl_module = stage_module(pl_module)
+        data = data_of(trainer)
         self._prepare_evaluation(trainer, pl_module, data.train_ids() + data.val_ids())
 
 
-def _leave(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+def _reads(trainer: pl.Trainer, pl_module: StageModule) -> Callable[[], CausalBackbone]:
+    """What a reference is restored by; only one that holds an adapter is given that in place of a whole model."""
+    return cast(Callable[[], CausalBackbone], partial(pl_module.load_reference_weights, run_dir(trainer)))
+
+
+def _leave(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> None:
     exporter(trainer).export(trainer, pl_module, stage)
     if leaves_files(trainer):
         close_stage(trainer, pl_module, stage)

@@ -53,6 +53,7 @@ class CardFacts:
         metrics: column of `metrics.csv` -> its last value in the stage.
         versions: package -> version.
         notes: what the user was told and accepted.
+        ended: where and why a stop rule ended the stage; "" where its plan was finished.
     """
 
     index: int
@@ -72,6 +73,7 @@ class CardFacts:
     metrics: Mapping[str, str]
     versions: Mapping[str, str]
     notes: Sequence[str] = field(default_factory=tuple)
+    ended: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -124,7 +126,8 @@ def stage_metrics(path: Path, stage_index: int) -> dict[str, str]:
         return {}
     with path.open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["stage/index"] == str(stage_index)]
-    shown, found = tuple(f"/{name}" for name in _SHOWN), {}
+    shown = tuple(f"/{name}" for name in _SHOWN)
+    found: dict[str, str] = {}
     for row in rows:
         found |= {key: value for key, value in row.items() if value and key.endswith(shown)}
     return found
@@ -136,6 +139,7 @@ def _stage_table(facts: CardFacts) -> str:
         "stage": f"{facts.index} of {facts.num_stages}, {facts.stage}",
         "sources": sources,
         "pairs": f"{facts.pairs}",
+        **({"ended before its plan": facts.ended} if facts.ended else {}),
         "tokenised rows, sha256": f"`{facts.data_digest}`",
         "reference": f"{facts.reference}, weights' sha256 `{facts.reference_digest}`",
         "S, weights' sha256": f"`{facts.base_digest}`",

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +64,8 @@ def review(
         What was found, in the order of a run.
     """
     found = [*_foreign(config)]
-    config = {group: _arguments(config[group]) for group in ("trainer", "model", "data")} | {
-        key: config.get(key) for key in ("ckpt_path", "model_config", "fork", "from_stage")
-    }
+    groups: dict[str, Any] = {group: _arguments(config[group]) for group in ("trainer", "model", "data")}
+    config = groups | {key: config.get(key) for key in ("ckpt_path", "model_config", "fork", "from_stage")}
     # An own class may take fewer settings, and has ours for the others.
     config["data"] = {key: p.default for key, p in _settings().items() if p.default is not p.empty} | config["data"]
     found += _paths(config)
@@ -79,13 +79,12 @@ def review(
     tokenizer = _tried(found, lambda: load_tokenizer(config["data"].get("tokenizer") or model))
     if tokenizer is not None:
         _tried(found, lambda: check_vocabulary(tokenizer, model))
-    prepared = None if module is None or tokenizer is None else _prepare(found, module, tokenizer)
-    if prepared is not None:
-        found += _describe(config, module, tokenizer, *prepared, show)
-        for path in benchmarks:
-            found += _overlap(found, path, module.sources)
-    pairs = None if prepared is None else sum(report.pairs + report.val_pairs for report in prepared[0])
-    return [*found, *_disk(config, pairs)]
+    if module is None or tokenizer is None or (prepared := _prepare(found, module, tokenizer)) is None:
+        return [*found, *_disk(config, None)]
+    found += _describe(config, module, tokenizer, *prepared, show)
+    for path in benchmarks:
+        found += _overlap(found, path, module.sources)
+    return [*found, *_disk(config, sum(report.pairs + report.val_pairs for report in prepared[0]))]
 
 
 def _arguments(group: Config) -> dict[str, Any]:
@@ -107,8 +106,8 @@ def _foreign(config: Config) -> Iterator[Finding]:
         text = f"`data.difficulty` names the function {function!r}: its code will run; make sure that you know it"
         yield Finding("warning", text)
     for source in _arguments(config["data"]).get("pair_sources") or []:
-        if function := _arguments(source).get("scorer"):
-            text = f"`data.pair_sources` names the function {function!r}: its code will run; make sure that you know it"
+        if scorer := _arguments(source).get("scorer"):
+            text = f"`data.pair_sources` names the function {scorer!r}: its code will run; make sure that you know it"
             yield Finding("warning", text)
     for key, path in _class_paths(config, ""):
         if path.partition(".")[0] not in _KNOWN_PACKAGES:
@@ -191,7 +190,7 @@ def _prepare(
         # The first error ended it; each source has its own to tell.
         del found[before:]
         for source in module.sources:
-            _tried(found, lambda source=source: prepare_sources([source], how))
+            _tried(found, partial(prepare_sources, [source], how))
         return None
     if len(_tried_hold_out(found, module, prepared[0])):
         return None
@@ -234,15 +233,17 @@ def _describe(
 def _overlap(found: list[Finding], path: str, sources: Sequence[PreferenceSource]) -> list[Finding]:
     """Training prompts that stand in an evaluation set."""
     texts = _tried(found, lambda: read_evaluation(path))
+    if texts is None:
+        return []
     lines = []
-    for index, source in enumerate(sources if texts is not None else ()):
+    for index, source in enumerate(sources):
         overlap = texts.find(prompt_texts(source, index))
         for rows, what in ((overlap.exact, "stand in"), (overlap.partial, "share 13 words in a row with")):
             if rows:
                 listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
                 text = f"source {source.name!r}: {len(rows)} prompts {what} {path!r}, rows {listed}; leave them out"
                 lines.append(Finding("warning", text))
-    return lines or ([] if texts is None else [Finding("info", f"no training prompt stands in {path!r}")])
+    return lines or [Finding("info", f"no training prompt stands in {path!r}")]
 
 
 def _stages(

@@ -1,4 +1,4 @@
-"""Rank 4: checkpoints that resume exactly."""
+"""Rank 5: checkpoints that resume exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakref import proxy
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -20,6 +20,7 @@ from sdpo_lightning.checkpoint_files import keep_newest, remove_checkpoint, save
 from sdpo_lightning.checkpoint_writes import BackgroundWrites
 from sdpo_lightning.loop_progress import validates_next
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_parts import callbacks_of, is_try, stage_module
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
@@ -173,7 +174,7 @@ class StageCheckpoint(ModelCheckpoint):
 
     def _warn_of_a_small_disk(self, pl_module: pl.LightningModule) -> None:
         assert self.dirpath is not None
-        weights = sum(p.numel() * p.element_size() for p in pl_module.trainable())
+        weights = sum(p.numel() * p.element_size() for p in stage_module(pl_module).trainable())
         # AdamW's two states; one more than is kept, while it is written; and M_t.
         needed = 3 * weights * (self.keep_last + 1) + weights
         folder = next(folder for folder in (Path(self.dirpath), *Path(self.dirpath).parents) if folder.exists())
@@ -183,7 +184,7 @@ class StageCheckpoint(ModelCheckpoint):
 
     def _after_step(self, trainer: pl.Trainer, stops: bool, ends: bool) -> None:
         """Leave if a signal asks for it, with a checkpoint of this step; delete old ones."""
-        if trainer.fast_dev_run:
+        if is_try(trainer):
             return
         asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
         if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
@@ -308,7 +309,7 @@ class StageCheckpoint(ModelCheckpoint):
         if validated:
             super().on_validation_end(trainer, pl_module)
         super().on_train_epoch_end(trainer, pl_module)
-        stage = pl_module.stage
+        stage = stage_module(pl_module).stage_under_way
         ends = trainer.current_epoch + 1 == stage.first_epoch + stage.epochs and self.save_top_k != 0
         self._after_step(trainer, False, ends)
 
@@ -321,16 +322,15 @@ def keep_patience_(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
         trainer: of this run.
     """
     states = checkpoint.get("callbacks", {})
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.state_key in states:
             states[callback.state_key]["patience"] = callback.patience
 
 
 def _settle_all(trainer: pl.Trainer) -> None:
     """One save at a time, whoever makes it: each looks at what is there, for its number."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, StageCheckpoint):
-            callback.settle(trainer)
+    for callback in (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, StageCheckpoint)):
+        callback.settle(trainer)
 
 
 def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
@@ -340,10 +340,10 @@ def refuse_plain_checkpoints(trainer: pl.Trainer) -> None:
         ConfigurationError: with what to use instead.
     """
     for callback in trainer.checkpoint_callbacks:
-        plain = type(callback) is ModelCheckpoint
+        if type(callback) is not ModelCheckpoint:
+            continue
         given = (callback.monitor, callback.dirpath, callback.filename, callback.save_last)
-        default = plain and not any(given) and callback.save_top_k == callback.every_n_epochs == 1
-        if plain and not default:
+        if any(given) or not callback.save_top_k == callback.every_n_epochs == 1:
             raise ConfigurationError(
                 "a plain ModelCheckpoint can't be resumed exactly where a save falls on an epoch's last batch; "
                 "use sdpo_lightning.StageCheckpoint with the same arguments in `trainer.callbacks`"

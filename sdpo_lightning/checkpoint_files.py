@@ -8,12 +8,12 @@ import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import cannot_write, file_digest, fsync, publish, write_json
@@ -68,7 +68,8 @@ def save_file_atomically(content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _HashingFile(staging)
         try:
-            torch.save(content, file)
+            # It only writes and flushes.
+            torch.save(content, cast(IO[bytes], file))
             file.flush()
         except (OSError, RuntimeError) as error:
             raise (file.error or error) from None
@@ -101,7 +102,7 @@ def save_shards_atomically(
     """
     staging = path.with_name(f".{path.name}.tmp")
     try:
-        dcp.save(shards, checkpoint_id=staging, process_group=group)
+        save(shards, checkpoint_id=staging, process_group=group)
         if is_first():
             failpoint("mid_checkpoint")
             (staging / META).write_bytes(rest)

@@ -99,7 +99,8 @@ def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    own = tensor.detach()
+    return own.to_local() if isinstance(own, DTensor) else own
 
 
 class _Copier:

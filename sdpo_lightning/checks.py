@@ -13,7 +13,10 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from sdpo_lightning.data.pair_lists import data_of
+from sdpo_lightning.files import FOLDERS
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
+from sdpo_lightning.run_parts import StageModule, callbacks_of, is_try, val_check_is_timed
 from sdpo_lightning.strategy import FSDP2Strategy
 from sdpo_lightning.types import ConfigurationError, ResumeError
 
@@ -28,7 +31,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: with the setting to change.
     """
-    if trainer.overfit_batches > 0:
+    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
         raise ConfigurationError(
             "`trainer.overfit_batches` would train every stage on the same batches; use `limit` of `data.sources`"
         )
@@ -37,16 +40,16 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"`trainer.precision` is {trainer.precision!r}, expected one of {_PRECISIONS}: pure low-precision weights "
             "can't take the small steps of DPO. bf16-mixed computes in bf16 and keeps fp32 master weights"
         )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)):
         raise ConfigurationError(
             "GradientAccumulationScheduler would change the steps of a stage while it runs; use "
             "`trainer.accumulate_grad_batches`"
         )
     # Of an interval of time Lightning sets no other.
-    interval = None if trainer._val_check_time_interval is not None else trainer.val_check_interval
-    validates = trainer.datamodule.val_names and trainer.limit_val_batches and not trainer.fast_dev_run
+    interval = None if val_check_is_timed(trainer) else trainer.val_check_interval
+    validates = data_of(trainer).val_names and trainer.limit_val_batches and not is_try(trainer)
     if isinstance(interval, int) and validates and trainer.limit_train_batches:
-        shortest = trainer.datamodule.shortest_epoch()
+        shortest = data_of(trainer).shortest_epoch()
         if interval > shortest and trainer.check_val_every_n_epoch is not None:
             raise ConfigurationError(
                 f"`trainer.val_check_interval` is {interval} batches, but the shortest stage may have only "
@@ -54,7 +57,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             )
 
 
-def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_strategy(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Refuse what can't be sharded, before any weights are loaded.
 
     Raises:
@@ -119,7 +122,7 @@ def check_links(root: Path) -> None:
     Raises:
         ConfigurationError: with the link.
     """
-    for name in ("stages", "checkpoints", "references", "new_pairs"):
+    for name in (*FOLDERS, "stale"):
         path = root / name
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise ConfigurationError(
@@ -155,7 +158,7 @@ def check_disks(trainer: pl.Trainer) -> None:
     )
 
 
-def check_start(pl_module: pl.LightningModule) -> None:
+def check_start(pl_module: StageModule) -> None:
     """All ranks go on from the same checkpoint, or none does. A collective.
 
     Raises:
@@ -175,7 +178,7 @@ def _touch(path: Path) -> None:
     path.touch()
 
 
-def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_optimizers(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Refuse to train what isn't the module's, such as the reference.
 
     Raises:
@@ -191,13 +194,13 @@ def check_optimizers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
         )
 
 
-def check_run_dir(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_run_dir(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Refuse to train a new run into the folder of an earlier one, or from a module that has trained.
 
     Raises:
         ConfigurationError: with the setting to change.
     """
-    if trainer.ckpt_path is not None or trainer.fast_dev_run or not trainer.limit_train_batches:
+    if trainer.ckpt_path is not None or is_try(trainer) or not trainer.limit_train_batches:
         return
     if pl_module.record.entered:
         raise ConfigurationError("this module has trained already; make a new one, or give `ckpt_path` to go on")

@@ -23,9 +23,11 @@ class _ParserOf:
     """Before `CurriculumCLI` or a subclass among the bases: the parser is made, and no word is read."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The program's own name, and none of Lightning's words."""
         return OneLineParser(prog=PROGRAM, **{**kwargs, "description": ""})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Hand the parser out."""
         raise _Made(parser)
 
 
@@ -67,11 +69,9 @@ def print_completion(
 
 
 def _parser(cli: type[CurriculumCLI], model_class: Any, datamodule_class: Any, run: bool) -> Any:
-    class Unread(_ParserOf, cli):
-        pass
-
+    unread = type("Unread", (_ParserOf, cli), {})
     try:
-        Unread(model_class, datamodule_class, [], run=run)
+        unread(model_class, datamodule_class, [], run=run)
     except _Made as made:
         return made.args[0]
     raise AssertionError("the command line read its words")

@@ -1,4 +1,4 @@
-"""Rank 4: has the reference been trained on the pairs that it scores? (arXiv 2403.19270, section 4.4)
+"""Rank 5: has the reference been trained on the pairs that it scores? (arXiv 2403.19270, section 4.4)
 
 A reference that has seen a pair prefers its chosen answer more than it would otherwise. So the change of gamma since S,
 per token, is compared between the pairs that a stage trains on and the held-out pairs of the same source.
@@ -17,7 +17,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import write_json
+from sdpo_lightning.run_parts import StageModule, is_try, stage_module
 from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 log = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class ContaminationGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Count the pairs of a micro-batch."""
+        pl_module = stage_module(pl_module)
         self._add("train", pl_module, batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,10 +139,11 @@ class ContaminationGuard(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count held-out pairs."""
+        pl_module = stage_module(pl_module)
         if trainer.state.fn == "fit":
             self._add("held_out", pl_module, batch)
 
-    def _add(self, kind: str, pl_module: pl.LightningModule, batch: PreferenceBatch) -> None:
+    def _add(self, kind: str, pl_module: StageModule, batch: PreferenceBatch) -> None:
         if pl_module.m0_logps is None or pl_module.last_logps is None:
             return
         sft, known = pl_module.m0_logps.lookup(batch.pair_id)
@@ -150,21 +154,22 @@ class ContaminationGuard(pl.Callback):
             sums = torch.stack([torch.ones_like(values), values, values**2]).sum(1).cpu()
             if kind == "train":
                 # A repeated pair tells no more than it does once.
-                sums /= pl_module.trainer.datamodule.sources[index].repeat
+                sums /= data_of(pl_module.trainer).sources[index].repeat
             self._sums[kind, index] = self._sums.get((kind, index), torch.zeros(3, dtype=torch.float64)) + sums
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the first pass of a stage: compare and say what stands out."""
-        stage = pl_module.stage
+        pl_module = stage_module(pl_module)
+        stage = pl_module.stage_under_way
         if trainer.current_epoch != stage.first_epoch or pl_module.m0_logps is None or not trainer.is_last_batch:
             return
-        for index, source in enumerate(trainer.datamodule.sources):
+        for index, source in enumerate(data_of(trainer).sources):
             groups = [self._over_ranks(trainer, (kind, index)) for kind in ("train", "held_out")]
             finding = compare(stage.index, source.name, *groups)
             if finding is not None:
                 self._findings.append(finding)
                 self._report(finding)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_try(trainer):
             rows = [asdict(finding) | {"is_memorised": finding.is_memorised} for finding in self._findings]
             write_json(Path(trainer.default_root_dir) / "contamination.json", {"findings": rows})
 

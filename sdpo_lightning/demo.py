@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_lightning.cli import CurriculumCLI, ranking_table
+from sdpo_lightning.cli import CurriculumCLI
+from sdpo_lightning.data.ranking import ranking_table
 from sdpo_lightning.files import write_json
 from sdpo_lightning.synthetic import SOURCE_NAMES, held_out_accuracy, preference_rate, write_inputs
 from sdpo_lightning.verbs import verb_parser

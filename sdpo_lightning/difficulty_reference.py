@@ -6,14 +6,16 @@ import logging
 
 import lightning.pytorch as pl
 
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.exactness import layout_problem
-from sdpo_lightning.reference import score_pairs
+from sdpo_lightning.logp_tables import score_pairs
+from sdpo_lightning.run_parts import StageModule
 from sdpo_lightning.types import ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)
 
 
-def score_by_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> LogpTable | None:
+def score_by_reference(trainer: pl.Trainer, pl_module: StageModule) -> LogpTable | None:
     """Score the ranked pairs by `data.difficulty_reference`, which is loaded for this pass alone. A collective.
 
     Returns:
@@ -22,7 +24,7 @@ def score_by_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Lo
     Raises:
         ConfigurationError: the layout in use isn't exact for that model.
     """
-    data = trainer.datamodule
+    data = data_of(trainer)
     path = data.difficulty_reference
     if path is None:
         return None

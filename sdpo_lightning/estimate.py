@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdpo_lightning.estimate_run import Load, Run, StageLoad
+from sdpo_lightning.logprobs import ROWS
 
 GIB = 2**30
 # Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
@@ -18,8 +19,6 @@ _RETURNED = 32 * 2**20
 HELD = "freed, not returned"
 # Not measured: context, cuBLAS workspaces, NCCL buffers.
 CUDA_OVERHEAD = 3 * GIB // 2
-# Rows of the head that a CPU takes at once, as in `logprobs.py`.
-_CPU_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def _head(run: Run, load: Load, trains: bool = True) -> tuple[float, float]:
     shape, budget = run.shape, run.logits_budget_mb * 2**20
     logits = load.targets * shape.vocab * run.number
     rows = max(1, min(load.targets, int(budget / (4 * shape.vocab))))
-    rows = rows if run.cuda else min(rows, _CPU_ROWS)
+    rows = rows if run.cuda else min(rows, ROWS)
     # A block in fp32, and in bf16 the product that it is made of.
     block = rows * shape.vocab * (4 + (2 if run.bf16 else 0))
     selected = load.targets * shape.hidden * run.number

@@ -177,9 +177,17 @@ def _checkpoints(trainer: Mapping[str, Any], epochs: int) -> int:
 def _staging(data: Mapping[str, Any]) -> Staging:
     names = [source["name"] for source in data["sources"]]
     own = read_stage_settings(data.get("stage_settings"))
-    given = (read_partition(data["partition"]), *(data[key] for key in ("order", "merge_ties", "epochs_per_stage")))
-    made = [source.name for source in read_pair_sources(data.get("pair_sources"))]
-    return Staging(names, data.get("stages") or [[n] for n in names], *given, own, data["seed"], made=made)
+    return Staging(
+        names,
+        data.get("stages") or [[name] for name in names],
+        read_partition(data["partition"]),
+        data["order"],
+        data["merge_ties"],
+        data["epochs_per_stage"],
+        own,
+        data["seed"],
+        made=[source.name for source in read_pair_sources(data.get("pair_sources"))],
+    )
 
 
 def _epochs(data: Mapping[str, Any]) -> list[int]:

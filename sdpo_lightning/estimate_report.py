@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from sdpo_lightning.estimate import GIB, Moment, checkpoint_bytes, export_bytes, offloaded_bytes, peak
 from sdpo_lightning.estimate_run import Load, Lora, Optimizer, Run, StageLoad
 
-# Bytes of a row: pair id, two logps, two lengths.
 # Not measured: imports and tokenised rows of a process on a GPU.
 _PROCESS = 3 * GIB
+# Bytes of a row: pair id, two logps, two lengths.
 _TABLE_ROW = 8 + 2 * 4 + 2 * 8
 EIGHT_BIT = Optimizer("AdamW8bit", 2 * (1 + 4 / 256))
 

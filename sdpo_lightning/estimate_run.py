@@ -10,13 +10,11 @@ import numpy as np
 from sdpo_lightning.data.batching import longer_side
 from sdpo_lightning.data.collate import PaddedCollator, PreferenceCollator, SharedPrefixCollator
 from sdpo_lightning.shapes import ModelShape
-from sdpo_lightning.tiles import MAX_KEYS
+from sdpo_lightning.tiles import MAX_KEYS, TILE
 
 # Bytes a weight. nf4: half a byte, an 8-bit scale for each 64 and a second one for each 256 of those (arXiv
 # 2305.14314); int8: one, and an fp32 scale a row, which is left out.
 QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-# Queries of a tile, as in `tiles.py`.
-_TILE = 64
 
 ReferenceKind = Literal["resident", "cached", "adapter"]
 
@@ -114,7 +112,7 @@ def load_of(lengths: np.ndarray, collator: PreferenceCollator) -> Load:
 
 
 def _causal(length: np.ndarray) -> np.ndarray:
-    return length * (length + _TILE) // 2
+    return length * (length + TILE) // 2
 
 
 @dataclass(frozen=True)

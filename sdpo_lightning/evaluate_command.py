@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -18,11 +17,7 @@ from sdpo_lightning.generation_transformers import FolderGenerator
 from sdpo_lightning.generation_vllm import VLLMGenerator, VLLMSettings
 from sdpo_lightning.mt_bench_run import run_mt_bench
 from sdpo_lightning.types import ConfigurationError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"evaluate: {message}")
+from sdpo_lightning.verbs import PROGRAM, VerbParser
 
 
 def run_evaluate(words: Sequence[str]) -> None:
@@ -103,8 +98,8 @@ def _mt_bench(options: argparse.Namespace, found: FoundModels, folder: Path) -> 
     return run_mt_bench(out, found.models, options.questions, generator, options.max_new_tokens, record, judge)
 
 
-def _parser() -> _Parser:
-    parser = _Parser("sdpo-lightning evaluate", description="Benchmarks of M_0 ... M_T of a run, or of one model.")
+def _parser() -> VerbParser:
+    parser = VerbParser(f"{PROGRAM} evaluate", description="Benchmarks of M_0 ... M_T of a run, or of one model.")
     add = parser.add_argument
     add("models", metavar="RUN_OR_FOLDER", type=Path, help="a run directory, or a model folder")
     add("--suite", choices=("h4", "eq_bench", "mt_bench"), required=True)

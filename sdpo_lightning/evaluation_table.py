@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_lightning.evaluation import Figure, Suite, mean_figure
-from sdpo_lightning.files import publish, write_json
+from sdpo_lightning.files import write_json
 from sdpo_lightning.ledger import set_aside
+from sdpo_lightning.publishing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,7 @@ class EvaluationTable:
         known = {label: {"value": m[0], "standard_error": m[1]} for label, m in means.items() if m is not None}
         write_json(self._path, self._head | {"rows": self.rows, "means": known, "left_out": dict(left_out)})
         text = self._markdown(models, left_out)
-        staging = self._path.with_name(f".{self._suite.name}.md.tmp")
-        staging.write_text(text)
-        publish(staging, self._path.with_suffix(".md"))
+        write_text(self._path.with_suffix(".md"), text)
         return text
 
     def _figures(self, sha256: str) -> dict[str, Row]:

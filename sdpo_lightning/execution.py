@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.types import ConfigurationError
@@ -64,6 +65,7 @@ def _checkpoint(backbone: CausalBackbone, every: int) -> None:
     layers = backbone.decoder_layers()
     backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     for number, layer in enumerate(layers):
+        assert isinstance(layer, GradientCheckpointingLayer)
         layer.gradient_checkpointing = number % every == 0
 
 

@@ -24,9 +24,10 @@ def exit_codes(debug: bool, configuration_errors: tuple[type[Exception], ...] = 
     Raises:
         SystemExit: 2 for configuration and data, 3 for a refused resume, 1 for a fault at run time.
     """
+    wrong: tuple[type[Exception], ...] = (ConfigurationError, *configuration_errors)
     try:
         yield
-    except (ConfigurationError, *configuration_errors) as error:
+    except wrong as error:
         _stop(error, 2, debug)
     except ResumeError as error:
         _stop(error, 3, debug)

@@ -1,4 +1,4 @@
-"""Rank 4: the export of M_t."""
+"""Rank 5: the export of M_t."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from huggingface_hub import HfApi
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.card import CardFacts, CardSource, model_card, stage_metrics, use_lines
-from sdpo_lightning.data.sources import PreferenceSource
+from sdpo_lightning.data.declaration import PreferenceSource
+from sdpo_lightning.data.pair_lists import PairLists, data_of
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.hf_folder import save_hf, save_merged
 from sdpo_lightning.ledger import Ledger
 from sdpo_lightning.ranks import from_first_rank, is_first, together
 from sdpo_lightning.retention import remove_models
+from sdpo_lightning.run_parts import StageModule, callbacks_of, is_try, run_dir, stage_module
 from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class StageExport(pl.Callback):
         self.keep_last = keep_last
         self.push_to_hub = push_to_hub
 
-    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    def export(self, trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> None:
         """Write M_t, the policy at this moment, and record its digest.
 
         Args:
@@ -50,10 +52,10 @@ class StageExport(pl.Callback):
             stage: the stage that has ended.
         """
         folder = Path("stages") / stage.folder_name
-        digest = weights_digest(pl_module.policy)
+        digest = weights_digest(pl_module.trained)
         pl_module.record.digests[stage.index] = digest
         pl_module.record.folders[stage.index] = str(folder)
-        target, tokenizer = run_dir(trainer) / folder, trainer.datamodule.tokenizer
+        target, tokenizer = run_dir(trainer) / folder, data_of(trainer).tokenizer
         merged = target.with_name(f"{target.name}-merged")
         merges = pl_module.lora is not None and pl_module.lora.export_merged
         found = from_first_rank(lambda: _adopted(run_dir(trainer), stage, digest))
@@ -64,13 +66,13 @@ class StageExport(pl.Callback):
             return
         failpoint("before_export")
         card = from_first_rank(lambda: model_card(_facts(trainer, pl_module, stage)))
-        save_hf(pl_module.policy, target, tokenizer, card)
+        save_hf(pl_module.trained, target, tokenizer, card)
         if merges:
-            save_merged(pl_module.policy, merged, tokenizer)
+            save_merged(pl_module.trained, merged, tokenizer)
         log.info("M_%d written to %s", stage.index, folder)
         failpoint("after_export")
 
-    def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+    def publish(self, trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> None:
         """Say how M_T is used, once the plan is complete; with `push_to_hub` upload M_t. A collective.
 
         Args:
@@ -79,7 +81,7 @@ class StageExport(pl.Callback):
             stage: a finished one.
         """
         folder = run_dir(trainer) / pl_module.record.folders[stage.index]
-        if stage.index == len(trainer.datamodule.stages()):
+        if stage.index == len(data_of(trainer).stages()):
             for line in use_lines(str(folder), pl_module.model_name_or_path, pl_module.lora is not None):
                 log.info("  %s", line)
         # What a fork adopted is its parent's.
@@ -91,16 +93,18 @@ class StageExport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Delete what isn't kept, once a stage is under way."""
+        pl_module = stage_module(pl_module)
         if batch_idx == 0:
             self._remove(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Delete what isn't kept beside M_T."""
+        pl_module = stage_module(pl_module)
         self._remove(trainer, pl_module)
 
-    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _remove(self, trainer: pl.Trainer, pl_module: StageModule) -> None:
         keep, reference = self.keep_last, pl_module.record.reference
-        if keep is None or trainer.fast_dev_run or not pl_module.record.entered:
+        if keep is None or is_try(trainer) or not pl_module.record.entered:
             return
         if gone := from_first_rank(lambda: remove_models(run_dir(trainer), keep, reference)):
             log.info("deleted, because `keep_last` of StageExport is %d: %s", keep, ", ".join(gone))
@@ -118,10 +122,12 @@ def push(folder: Path, name: str) -> None:
         log.info("%s is on the hub, private, as %s", folder, name)
 
 
-def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> CardFacts:
-    data, record, base = trainer.datamodule, pl_module.record, pl_module.model_name_or_path
+def _facts(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> CardFacts:
+    data, record, base = data_of(trainer), pl_module.record, pl_module.model_name_or_path
     indices = sorted({pair_id >> 40 for pair_id in stage.pair_ids})
     is_hub, ledger = not Path(base).exists(), Ledger.read(run_dir(trainer))
+    # The ledger has it once the stage is closed, after the export.
+    end = data.ends.get(stage.index)
     return CardFacts(
         index=stage.index,
         num_stages=len(data.stages()),
@@ -140,6 +146,7 @@ def _facts(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> 
         metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
         versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
         notes=tuple(data.accepted),
+        ended="" if end is None else f"after {sum(end.epoch_steps)} steps, {end.pairs} pairs: {end.reason}",
     )
 
 
@@ -149,12 +156,13 @@ def _reference_name(record: StageRecord) -> str:
     return f"M_{record.reference}" if record.reference else "S"
 
 
-def _card_source(data: Any, index: int) -> CardSource:
+def _card_source(data: PairLists, index: int) -> CardSource:
     if index >= len(data.sources):
         return CardSource(data.made.name_of(index), "made with the model before", False)
     source: PreferenceSource = data.sources[index]
-    is_hub = not Path(source.path).exists()
-    return CardSource(source.name, source.path if is_hub else Path(source.path).name, is_hub)
+    path = str(source.path)
+    is_hub = not Path(path).exists()
+    return CardSource(source.name, path if is_hub else Path(path).name, is_hub)
 
 
 def _adopted(run_dir: Path, stage: Stage, digest: str) -> str | None:
@@ -164,9 +172,4 @@ def _adopted(run_dir: Path, stage: Stage, digest: str) -> str | None:
 
 def exporter(trainer: pl.Trainer) -> StageExport:
     """The run's StageExport, or of a subclass."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, StageExport))
-
-
-def run_dir(trainer: pl.Trainer) -> Path:
-    """Where the run leaves its files."""
-    return Path(trainer.default_root_dir)
+    return next(callback for callback in callbacks_of(trainer) if isinstance(callback, StageExport))

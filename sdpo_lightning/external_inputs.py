@@ -14,17 +14,18 @@ from sdpo_lightning.backbone import CausalBackbone, load_policy
 from sdpo_lightning.data.collate import PaddedCollator
 from sdpo_lightning.data.foreign import ForeignRows, WithLengthsOf
 from sdpo_lightning.data.loader import PairStore, StageLoader
-from sdpo_lightning.data.passes import Passes
+from sdpo_lightning.data.pair_lists import data_of
+from sdpo_lightning.data.passes import Batching, Passes
 from sdpo_lightning.data.prepare import load_tokenizer
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.loading import load_on_ranks
 from sdpo_lightning.ranks import side_by_side
+from sdpo_lightning.run_parts import StageModule, run_dir
 from sdpo_lightning.scoring import numerics
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import ConfigurationError, ExternalInputs, PreferenceBatch, QuantizationName, ReferenceInputs
 
 
-def load_external(pl_module: pl.LightningModule) -> None:
+def load_external(pl_module: StageModule) -> None:
     """Let the reference do what it has to before the policy is there, and record its model. A collective.
 
     Raises:
@@ -47,7 +48,7 @@ def load_external(pl_module: pl.LightningModule) -> None:
         pl_module.record.digests[-1], pl_module.record.folders[-1] = found.digest, found.name
 
 
-def _load(pl_module: pl.LightningModule, name: str, quantization: QuantizationName | None) -> nn.Module:
+def _load(pl_module: StageModule, name: str, quantization: QuantizationName | None) -> nn.Module:
     """A frozen model beside the policy: as it is loaded, but for the adapters."""
     strategy = pl_module.trainer.strategy
 
@@ -67,10 +68,10 @@ def _load(pl_module: pl.LightningModule, name: str, quantization: QuantizationNa
 
 
 def _pairs(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, tokenizer: str | None, max_length: int | None
+    trainer: pl.Trainer, pl_module: StageModule, tokenizer: str | None, max_length: int | None
 ) -> ReferenceInputs:
-    """Raises `ConfigurationError` where some pairs are made later."""
-    data = trainer.datamodule
+    """See `ExternalInputs.pairs`; refuses pairs that are made just before their stage."""
+    data = data_of(trainer)
     if data.made.names:
         raise ConfigurationError(
             f"`model.reference` scores all pairs before stage 1, and those of `data.pair_sources` {data.made.names} "
@@ -108,7 +109,8 @@ class _Lazy:
         return iter(WithLengthsOf(self._batches(side_by_side(lambda: rows.store(self.ids))), self.own))
 
     def _batches(self, store: PairStore) -> StageLoader:
-        trainer, batching = self.trainer, self.trainer.datamodule.batching
+        trainer, batching = self.trainer, data_of(self.trainer).batching
         collator = PaddedCollator(self.pad_token_id, batching.pad_to_multiple_of)
-        ranks = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        return Passes(store, collator, batching, **ranks, accumulate=1, limit=1.0).longest_first(self.ids)
+        assert isinstance(batching, Batching)
+        passes = Passes(store, collator, batching, trainer.global_rank, trainer.world_size, accumulate=1, limit=1.0)
+        return passes.longest_first(self.ids)

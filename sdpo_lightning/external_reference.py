@@ -99,6 +99,7 @@ class ExternalReference(OutsideReference):
     def before_policy(self, inputs: ExternalInputs) -> ExternalModel:
         """Load it."""
         model = inputs.load(self.model_name_or_path, self.quantization)
+        assert isinstance(model, CausalBackbone)
         self._model = (model.parked() if self.offload else model).eval()
         return self._named(_digest(self._model, self.quantization))
 
@@ -186,6 +187,7 @@ class CachedExternalReference(OutsideReference):
         if self._table is None:
             batches = iter(pairs.batches)
             model = inputs.load(self.model_name_or_path, self.quantization)
+            assert isinstance(model, CausalBackbone)
             digest = _digest(model, self.quantization)
             log.info("scoring all pairs by %s", name)
             table = score_pairs(model, batches, inputs.score, title="logps of the external reference")

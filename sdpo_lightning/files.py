@@ -16,22 +16,24 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.publishing import fsync, publish
+from sdpo_lightning.publishing import fsync as fsync
+from sdpo_lightning.publishing import publish as publish
+from sdpo_lightning.publishing import write_text
 from sdpo_lightning.ranks import from_first_rank, is_first
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
-    publish(staging, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+# Of a run directory, that hold what the run leaves.
+FOLDERS = ("checkpoints", "stages", "references", "random_states", "new_pairs")
 
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    names = ("checkpoints", "stages", "references", "random_states", "new_pairs")
-    for folder in (run_dir, *(run_dir / name for name in names)):
+    for folder in (run_dir, *(run_dir / name for name in FOLDERS)):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

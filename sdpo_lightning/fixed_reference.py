@@ -30,7 +30,8 @@ class StaysFirst(ReferencePolicy):
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Take the policy in stage 1, when it is M_0; afterwards nothing. A fork has restored M_0 before."""
         if stage.index == 1:
-            super().advance(policy, stage, inputs)
+            # That of the reference it is put before.
+            super().advance(policy, stage, inputs)  # type: ignore[safe-super]
 
     def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
         """It always does."""

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from sdpo_lightning.adapter_reference import FrozenAdapter, model_digest
 from sdpo_lightning.adapters import adopt_reference_adapter_, check_adapter
 from sdpo_lightning.backbone import copy_weights_
-from sdpo_lightning.export import run_dir
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import file_digest
 from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Parent, Weights, is_intact
 from sdpo_lightning.random_states import read_random_states, states_path
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_parts import StageModule, run_dir
 from sdpo_lightning.types import ConfigurationError, ResumeError, Stage
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class Fork:
         self.parent()
 
 
-def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> None:
+def adopt(trainer: pl.Trainer, pl_module: StageModule, fork: Fork) -> None:
     """Stand at the end of stage t-1: M_{t-1} as policy, the plan's position, the ledger. A collective.
 
     Args:
@@ -110,8 +112,8 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
         ConfigurationError: the plan has fewer stages.
         ResumeError: S or a stage before t isn't the parent's.
     """
-    stages: list[Stage] = trainer.datamodule.stages()
-    if trainer.datamodule.staging.ranked_by == "previous" and fork.from_stage > 2:
+    stages: list[Stage] = data_of(trainer).stages()
+    if data_of(trainer).staging.ranked_by == "previous" and fork.from_stage > 2:
         raise ConfigurationError(
             f"`--from-stage` is {fork.from_stage} with `data.ranked_by: previous`, expected 2: the pairs of the stages "
             "between were decided by models of the parent, and no file of its lists them"
@@ -120,12 +122,13 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
         raise ConfigurationError(f"`--from-stage` is {fork.from_stage}, but the plan has {len(stages)} stages")
     finished = stages[: fork.from_stage - 1]
     ledger, states = from_first_rank(lambda: _adopted_ledger(trainer, pl_module, fork, finished))
-    trainer.datamodule.take_ends({entry.index: entry.end for entry in ledger.stages if entry.end is not None})
-    finished = trainer.datamodule.stages()[: fork.from_stage - 1]
-    record, last = pl_module.record, ledger.stages[-1].output
+    data_of(trainer).take_ends({entry.index: entry.end for entry in ledger.stages if entry.end is not None})
+    finished = data_of(trainer).stages()[: fork.from_stage - 1]
+    record, last = pl_module.record, _output(ledger.stages[-1])
+    folder = Path(str(last.folder))
     if pl_module.lora is not None:
-        from_first_rank(lambda: check_adapter(pl_module.policy.model, Path(last.folder)))
-    weights = pl_module.read_model(Path(last.folder))
+        from_first_rank(lambda: check_adapter(pl_module.trained.model, folder))
+    weights = pl_module.read_model(folder)
     found = model_digest(weights)
     if not last.sha256:
         # A plain folder: nobody has recorded what it holds.
@@ -134,43 +137,49 @@ def adopt(trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork) -> Non
     elif found != last.sha256:
         raise ResumeError(f"`--fork`: M_{len(finished)} has sha {found[:12]}, {fork.run} recorded {last.sha256[:12]}")
     if isinstance(weights, FrozenAdapter):
-        adopt_reference_adapter_(pl_module.policy.model)
+        adopt_reference_adapter_(pl_module.trained.model)
     else:
-        copy_weights_(pl_module.policy, weights)
+        copy_weights_(pl_module.trained, weights)
     record.entered = len(finished)
-    record.digests |= {entry.index: entry.output.sha256 for entry in ledger.stages}
-    record.folders |= {entry.index: entry.output.folder for entry in ledger.stages}
+    record.digests |= {entry.index: _output(entry).sha256 for entry in ledger.stages}
+    record.folders |= {entry.index: str(_output(entry).folder) for entry in ledger.stages}
     held = ledger.stages[-1].reference.sha256
     record.reference = next((i for i in range(len(finished)) if record.digests[i] == held), len(finished))
     pl_module.random_states = states
     _stand_at(trainer, finished, ledger.stages[-1].steps)
     from_first_rank(lambda: ledger.write(run_dir(trainer)))
-    log.info("fork of %s: M_%d is adopted from %s", fork.run, len(finished), last.folder)
+    log.info("fork of %s: M_%d is adopted from %s", fork.run, len(finished), folder)
 
 
 def _adopted_ledger(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, fork: Fork, finished: list[Stage]
+    trainer: pl.Trainer, pl_module: StageModule, fork: Fork, finished: list[Stage]
 ) -> tuple[Ledger, list[dict[str, Any]] | None]:
     """The fork's first ledger, and the parent's random states at the end of stage t-1."""
     root, parent = Path(fork.run).absolute(), fork.parent()
-    own = Ledger({}, [], [], parent=Parent(str(root), fork.from_stage, None))
+    origin = Parent(str(root), fork.from_stage, None)
+    own = Ledger({}, [], [], parent=origin)
     if parent is None:
-        return _stand_in(trainer, pl_module, own, finished), None
+        return _stand_in(trainer, pl_module, own, finished, origin.run), None
     began, s_digest = parent.s_sha256 or parent.stages[0].reference.sha256, pl_module.record.digests[0]
     if began != s_digest:
         raise ResumeError(f"`model.model_name_or_path`: S has sha {s_digest[:12]}, {root} began with {began[:12]}")
     for entry, stage in zip(parent.stages, finished, strict=False):
-        given = (stage.name, trainer.datamodule.store.digest(list(stage.pair_ids)))
+        given = (stage.name, data_of(trainer).store.digest(list(stage.pair_ids)))
         if (entry.name, entry.data) != given:
             raise ResumeError(
                 f"`--fork`: stage {stage.index} is {stage.name!r} with {len(stage.pair_ids)} pairs, in {root} it was "
                 f"{entry.name!r} with {entry.pairs}; keep the sources of the stages before {fork.from_stage}, their "
                 "rows, order and places in `data.sources` as they were"
             )
-        reference, output = (_absolute(weights, root) for weights in (entry.reference, entry.output))
+        reference, output = (_absolute(weights, root) for weights in (entry.reference, _output(entry)))
         own.stages.append(replace(entry, reference=reference, output=output))
-    own.parent = replace(own.parent, sha256=file_digest(root / LEDGER))
+    own.parent = replace(origin, sha256=file_digest(root / LEDGER))
     return own, read_random_states(states_path(root, len(finished)))
+
+
+def _output(entry: LedgerStage) -> Weights:
+    assert entry.output is not None, "a stage is done without its model"
+    return entry.output
 
 
 def _absolute(weights: Weights, root: Path) -> Weights:
@@ -180,15 +189,17 @@ def _absolute(weights: Weights, root: Path) -> Weights:
     return replace(weights, folder=str(root / weights.folder))
 
 
-def _stand_in(trainer: pl.Trainer, pl_module: pl.LightningModule, own: Ledger, finished: list[Stage]) -> Ledger:
+def _stand_in(
+    trainer: pl.Trainer, pl_module: StageModule, own: Ledger, finished: list[Stage], folder: str
+) -> Ledger:
     """With a plain folder as M_1 ... M_{t-1}; its weights' digest isn't known yet."""
-    data, folder, steps = trainer.datamodule, own.parent.run, 0
+    data, steps = data_of(trainer), 0
     output = Weights(folder, "", file_digest(Path(folder)))
     for stage in finished:
         steps += stage.num_steps
         digest, s_weights = data.store.digest(list(stage.pair_ids)), Weights(None, pl_module.record.digests[0])
-        row = (stage.index, stage.name, len(stage.pair_ids), digest, data.seed, s_weights, output, "done", steps)
-        own.stages.append(LedgerStage(*row))
+        row = (stage.index, stage.name, len(stage.pair_ids), digest, data.seed, s_weights, output)
+        own.stages.append(LedgerStage(*row, status="done", steps=steps))
     return own
 
 
@@ -196,6 +207,7 @@ def _stand_at(trainer: pl.Trainer, finished: list[Stage], steps: int) -> None:
     """Have the Trainer count on from the end of stage t-1, as the run from the start would."""
     loop, epochs = trainer.fit_loop, finished[-1].first_epoch + finished[-1].epochs
     for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
+        assert isinstance(progress, _ProcessedTracker)
         progress.ready = progress.started = progress.processed = progress.completed = epochs
     taken = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     taken.ready = taken.completed = steps

@@ -85,7 +85,7 @@ class OpenAIGenerator(Generator):
         jobs = [(prompt, number) for prompt in prompts for number in range(sampling.answers)]
         pool = ThreadPoolExecutor(self._parallel)
         try:
-            found = list(pool.map(lambda job: self._ask(*job, sampling), jobs))
+            found = list(pool.map(lambda job: self._ask(job[0], job[1], sampling), jobs))
         finally:
             # After a failure the requests that haven't begun are dropped.
             pool.shutdown(cancel_futures=True)

@@ -163,7 +163,7 @@ class FolderGenerator(Generator):
             try:
                 # Neither runs code of the folder.
                 tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_pretrained(
+                model: Any = AutoModelForCausalLM.from_pretrained(
                     self._folder, dtype=self._dtype, trust_remote_code=False, use_safetensors=True
                 )
             except (OSError, ValueError, ImportError) as error:

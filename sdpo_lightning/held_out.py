@@ -7,11 +7,10 @@ from typing import Any
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.metrics import PreferenceMetrics, prediction_rows
 from sdpo_lightning.optimization import StageOptimization
-from sdpo_lightning.reference import ReferencePolicy
-from sdpo_lightning.schedules import ScheduleName
-from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch
+from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ScheduleName
 
 
 class HeldOutPairs(StageOptimization):
@@ -22,9 +21,6 @@ class HeldOutPairs(StageOptimization):
         lr_scheduler: see `StageOptimization`.
         warmup_ratio: see `StageOptimization`.
     """
-
-    policy: nn.Module | None
-    reference: ReferencePolicy
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: ScheduleName, warmup_ratio: float) -> None:
         super().__init__(optimizer, lr_scheduler, warmup_ratio)
@@ -48,14 +44,20 @@ class HeldOutPairs(StageOptimization):
     def _held_out_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
         while len(self.val_metrics) <= dataloader_idx:
             self.val_metrics.append(PreferenceMetrics().to(self.device))
-        policy = self.compute_logps(self.policy, batch)
+        policy = self.compute_logps(self.trained, batch)
         reference = self.reference.logps(batch)
         self.last_logps = (policy, reference)
         losses = self.preference_loss(policy, reference)
-        self.measure(self.val_metrics[dataloader_idx], losses, policy, reference, batch)
+        self.measure(self._metrics_of(dataloader_idx), losses, policy, reference, batch)
+
+    def _metrics_of(self, dataloader_idx: int) -> PreferenceMetrics:
+        metrics = self.val_metrics[dataloader_idx]
+        assert isinstance(metrics, PreferenceMetrics)
+        return metrics
 
     def _log_held_out(self, prefix: str) -> None:
-        for name, metrics in zip(self.trainer.datamodule.val_names, self.val_metrics, strict=False):
+        for index, name in enumerate(data_of(self.trainer).val_names[: len(self.val_metrics)]):
+            metrics = self._metrics_of(index)
             for key, value in metrics.compute().items():
                 # Equal on all ranks already; Lightning wants to hear it.
                 self.log(f"{prefix}/{name}/{key}", value.float(), rank_zero_only=False, sync_dist=True)
@@ -79,5 +81,5 @@ class HeldOutPairs(StageOptimization):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Rows of `pair_id`, `source`, policy and reference logps (nats, summed over tokens)."""
-        source_of = self.trainer.datamodule.source_of
-        return prediction_rows(self.score(self.policy, batch), self.reference.logps(batch), batch, source_of)
+        source_of = data_of(self.trainer).source_of
+        return prediction_rows(self.score(self.trained, batch), self.reference.logps(batch), batch, source_of)

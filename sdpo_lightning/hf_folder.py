@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def _stream(backbone: CausalBackbone, staging: Path) -> None:
         for number, names in parts:
             part = dict(next(tensors) for _ in names)
             path = staging / _file_name(number, len(files))
-            from_first_rank(lambda part=part, path=path: save_file(part, path, metadata={"format": "pt"}))
+            from_first_rank(partial(save_file, part, path, metadata={"format": "pt"}))
     if len(files) > 1:
         index = {name: _file_name(number, len(files)) for number, names in enumerate(files, 1) for name in names}
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)

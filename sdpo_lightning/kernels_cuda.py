@@ -10,15 +10,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+varlen_attn: Callable[..., Any] | None
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
+
+    varlen_attn = varlen.varlen_attn
 except ImportError:
     varlen_attn = None
 
@@ -127,6 +130,7 @@ def varlen_attention(
         `[H, L, E]`.
     """
     kernel = varlen_attn if kernel is None else kernel
+    assert kernel is not None, "`has_flash` is asked first"
     # [L, heads, E]: a view, as models compute it in that order anyway.
     query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     if index.gather is not None:
@@ -188,10 +192,13 @@ def flex_segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: Bloc
     Returns:
         `[1, H, L, F]`.
     """
-    attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
-    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    grouped = query.shape[1] != key.shape[1]
+    if query.device.type == "cuda":
+        return _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    out: Any = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)

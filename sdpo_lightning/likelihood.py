@@ -1,4 +1,4 @@
-"""Rank 4: do the chosen answers lose likelihood since S? DPO only asks that the rejected ones lose more."""
+"""Rank 5: do the chosen answers lose likelihood since S? DPO only asks that the rejected ones lose more."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdpo_lightning.objectives import DPOPLoss
 from sdpo_lightning.reference import is_sft
+from sdpo_lightning.run_parts import StageModule, stage_module
 from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class LikelihoodGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
         """Count a micro-batch; at a block's end compare. All ranks come to it at the same steps."""
+        pl_module = stage_module(pl_module)
         if self.max_drop is None:
             return
         self._count(pl_module, batch)
@@ -87,10 +89,11 @@ class LikelihoodGuard(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A block ends with its pass, so that none reaches into another stage."""
+        pl_module = stage_module(pl_module)
         if self.max_drop is not None and trainer.global_step > self._begin:
             self._compare(trainer, pl_module)
 
-    def _count(self, pl_module: pl.LightningModule, batch: PreferenceBatch) -> None:
+    def _count(self, pl_module: StageModule, batch: PreferenceBatch) -> None:
         if pl_module.last_logps is None:
             return
         policy, reference = pl_module.last_logps
@@ -102,16 +105,16 @@ class LikelihoodGuard(pl.Callback):
             return
         self._sums.append(chosen_change(policy, sft, known & (batch.weights > 0)))
 
-    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _compare(self, trainer: pl.Trainer, pl_module: StageModule) -> None:
         sums = torch.stack(self._sums).sum(0) if self._sums else torch.zeros(2, dtype=torch.float64)
         steps, self._begin = trainer.global_step - self._begin, trainer.global_step
         self._sums.clear()
         total, count = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").tolist()
         if count:
-            self._judge(pl_module, pl_module.stage, total / count, f"{round(count)} pairs of {steps} steps")
+            self._judge(pl_module, pl_module.stage_under_way, total / count, f"{round(count)} pairs of {steps} steps")
 
     def judge_held_out(
-        self, pl_module: pl.LightningModule, stage: Stage, rows: Sequence[dict[str, Any]], m0: Sequence[dict[str, Any]]
+        self, pl_module: StageModule, stage: Stage, rows: Sequence[dict[str, Any]], m0: Sequence[dict[str, Any]]
     ) -> None:
         """Compare the held-out pairs of each source at a stage's end.
 
@@ -127,7 +130,7 @@ class LikelihoodGuard(pl.Callback):
                 change = row["chosen_logps_per_token"] - before[row["source"]]
                 self._judge(pl_module, stage, change, f"{row['pairs']} held-out pairs of {row['source']!r}")
 
-    def _judge(self, pl_module: pl.LightningModule, stage: Stage, change: float, where: str) -> None:
+    def _judge(self, pl_module: StageModule, stage: Stage, change: float, where: str) -> None:
         if self.max_drop is None or stage.index == self._warned or not change < -self.max_drop:
             return
         self._warned = stage.index

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from sdpo_lightning.bars import BARS
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.files import publish
+from sdpo_lightning.publishing import publish
+from sdpo_lightning.ranks import from_every_rank
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.types import LogpTable, PairLogps, PreferenceBatch, ReferenceInputs, ResumeError
 
@@ -52,17 +53,19 @@ def score_pairs(
             for batch in tracked:
                 _leave_if_asked(device)
                 batch = batch.to(device)
-                logps, have = known.lookup(batch.pair_id) if known else (None, None)
-                if have is None or _on_any_rank(not bool(have.all()), model, device):
+                found = None if known is None else known.lookup(batch.pair_id)
+                if found is None or _on_any_rank(not bool(found[1].all()), model, device):
                     logps = compute_logps(model, batch)
+                else:
+                    logps = found[0]
                 columns = (batch.pair_id, logps.chosen, logps.rejected, logps.chosen_lengths, logps.rejected_lengths)
                 real = batch.weights > 0
                 rows.add([column[real] for column in columns])
                 failpoint("mid_precompute")
     finally:
         model.train(was_training)
-    ids, *columns = _gather(rows.columns())
-    return LogpTable.build(ids, PairLogps(*columns))
+    ids, *gathered = (torch.cat(parts) for parts in zip(*from_every_rank(rows.columns()), strict=True))
+    return LogpTable.build(ids, PairLogps(*gathered))
 
 
 class _Rows:
@@ -109,14 +112,6 @@ def _on_any_rank(wanted: bool, model: nn.Module, device: torch.device) -> bool:
     flag = torch.tensor(wanted, dtype=torch.int32, device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def _gather(columns: list[Tensor]) -> list[Tensor]:
-    if not dist.is_initialized():
-        return columns
-    shares: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, columns)
-    return [torch.cat(parts) for parts in zip(*shares, strict=True)]
 
 
 def cache_key(inputs: ReferenceInputs) -> str:

@@ -19,7 +19,7 @@ from sdpo_lightning.casts import CASTS
 from sdpo_lightning.types import PairLogps, PreferenceBatch
 
 # Rows of the head come in multiples of this; a CPU, which keeps a kernel for each number, also takes so many at once.
-_ROWS = 64
+ROWS = 64
 
 
 def token_logps(
@@ -86,7 +86,7 @@ def linear_token_logps(
 
 def _rounded(index: Tensor) -> Tensor:
     """`[N]` lengthened by zeros where N is large: each new N would cost kernels of its own."""
-    extra = -len(index) % _ROWS if len(index) > _ROWS else 0
+    extra = -len(index) % ROWS if len(index) > ROWS else 0
     return nn.functional.pad(index, (0, extra))
 
 
@@ -200,7 +200,7 @@ def _budget_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
 def _block_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
     # Of fp32 logits that exist for a moment.
     rows = max(1, int(budget_mb * 2**20 / (4 * vocab)))
-    return min(_ROWS, rows) if hidden.device.type == "cpu" else rows
+    return min(ROWS, rows) if hidden.device.type == "cpu" else rows
 
 
 def _blocks(count: int, rows: int) -> list[slice]:

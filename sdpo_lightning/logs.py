@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,11 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from sdpo_lightning.bars import BARS
 from sdpo_lightning.check_report import source_lines
 from sdpo_lightning.data.endings import pairs_trained
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import MetricsFile, write_json
+from sdpo_lightning.memory import peak_bytes
 from sdpo_lightning.metrics import PreferenceMetrics
+from sdpo_lightning.run_parts import StageModule, is_try, log_interval, stage_module
 from sdpo_lightning.stage_lines import clock
 from sdpo_lightning.terminal import bar_opener, is_terminal
 from sdpo_lightning.types import PreferenceBatch, Stage, StageRecord
@@ -66,16 +68,17 @@ class MetricsLog(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file; a resumed run drops the rows beyond its checkpoint."""
+        pl_module = stage_module(pl_module)
         self._step = trainer.global_step
         if trainer.ckpt_path is None:
             # Of a fork its parent's.
-            adopted = trainer.datamodule.stages()[: pl_module.record.entered]
-            self.pairs_seen = float(pairs_trained(adopted, trainer.datamodule.ends))
+            adopted = data_of(trainer).stages()[: pl_module.record.entered]
+            self.pairs_seen = float(pairs_trained(adopted, data_of(trainer).ends))
         self._started = time.perf_counter()
         pl_module.step_metrics.reset()
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_try(trainer):
             path = Path(trainer.default_root_dir) / "metrics.csv"
-            self._file = MetricsFile(path, _columns(trainer.datamodule.val_names), trainer.global_step)
+            self._file = MetricsFile(path, _columns(data_of(trainer).val_names), trainer.global_step)
 
     def on_train_batch_end(
         self,
@@ -86,25 +89,30 @@ class MetricsLog(pl.Callback):
         batch_idx: int,
     ) -> None:
         """After an optimizer step: log the means over its pairs."""
+        pl_module = stage_module(pl_module)
         self._tokens += batch.num_tokens
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         values = {key: value.item() for key, value in pl_module.step_metrics.compute().items()}
         pl_module.step_metrics.reset()
-        stage = pl_module.stage
+        stage = pl_module.stage_under_way
         pairs = values.pop("pairs")
         self.pairs_seen += pairs
         row = self._row(trainer, pl_module, stage, values)
         first = self._summarise(stage, pairs, values, row["train/peak_memory"])
         logged = {key: value for key, value in row.items() if key not in ("step", "train/loss")}
-        pl_module.log_dict(logged, rank_zero_only=False)
+        if trainer.loggers:
+            pl_module.log_dict(logged, rank_zero_only=False)
+        else:
+            # Only callbacks read them, as `monitor`: `log_dict` takes longer than a step of a small model.
+            trainer.callback_metrics.update({key: torch.tensor(float(value)) for key, value in logged.items()})
         pl_module.log("train/loss", row["train/loss"], prog_bar=True)
-        if self._file is not None and (first or trainer.global_step % max(1, trainer.log_every_n_steps) == 0):
+        if self._file is not None and (first or trainer.global_step % log_interval(trainer) == 0):
             self._file.append(row)
 
     def _row(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage, values: dict[str, float]
+        self, trainer: pl.Trainer, pl_module: StageModule, stage: Stage, values: dict[str, float]
     ) -> dict[str, float]:
         now = time.perf_counter()
         speed = self._tokens * trainer.world_size / (now - self._started)
@@ -136,13 +144,14 @@ class MetricsLog(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put held-out metrics into the row of the step that they were measured at."""
+        pl_module = stage_module(pl_module)
         if self._file is not None and trainer.state.fn == "fit":
             values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            self._file.amend(trainer.global_step, pl_module.stage.index, values)
+            self._file.amend(trainer.global_step, pl_module.stage_under_way.index, values)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rewrite `summary.json`."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not is_try(trainer):
             rows = [asdict(summary) for summary in self.summaries.values()]
             write_json(Path(trainer.default_root_dir) / "summary.json", {"stages": rows})
 
@@ -157,7 +166,7 @@ def peak_memory() -> int:
     """Peak bytes so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 class StageProgress(pl.Callback):
@@ -187,7 +196,7 @@ class StageProgress(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rows kept, cut and dropped by reason, and lengths, of each source. What is to be warned of was said."""
-        data = trainer.datamodule
+        data = data_of(trainer)
         for report in data.reports.values() if trainer.is_global_zero else ():
             for finding in source_lines(report, data.store, report.dropped, report.marks):
                 if finding.level == "info":
@@ -197,17 +206,19 @@ class StageProgress(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the text once an optimizer step."""
+        pl_module = stage_module(pl_module)
         bar = trainer.progress_bar_callback
         if self._began is None:
             self._began = (time.perf_counter(), trainer.global_step)
-        text = self._text(trainer, pl_module.stage, pl_module.record)
         if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-            bar.train_progress_bar.set_description(text)
+            bar.train_progress_bar.set_description(self._text(trainer, pl_module.stage_under_way, pl_module.record))
         elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+            text = self._text(trainer, pl_module.stage_under_way, pl_module.record)
+            assert bar.train_progress_bar_id is not None
             bar.progress.update(bar.train_progress_bar_id, description=text)
 
     def _text(self, trainer: pl.Trainer, stage: Stage, record: StageRecord) -> str:
-        stages = trainer.datamodule.stages()
+        stages = data_of(trainer).stages()
         total = sum(s.num_steps for s in stages)
         assert self._began is not None
         began, first = self._began

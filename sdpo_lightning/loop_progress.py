@@ -10,6 +10,7 @@ from sdpo_lightning.types import ResumeError
 # Pairs that all ranks take at a time, and how often before a step.
 AT_ONCE = "data.batch_size x processes"
 ACCUMULATE = "trainer.accumulate_grad_batches"
+_LIMIT = "trainer.limit_train_batches"
 _STEP = f"pairs a step ({AT_ONCE} x {ACCUMULATE})"
 
 
@@ -26,15 +27,20 @@ def with_step_pairs(
         given: settings of this run.
 
     Returns:
-        Both: without the two factors where a step has the same pairs, else with their product, to be named.
+        Both: without the two factors where a step has the same pairs, else with their product, to be named. The limit
+        of micro-batches is in words: 1 is one, and 1.0, which Python takes for equal, is all of them.
     """
+    saved, given = ({**plan, _LIMIT: _in_words(plan[_LIMIT])} for plan in (saved, given))
     counts = given["data.batch_tokens"] is not None or bool(given["data.bucket_window"])
-    # 1 is one micro-batch, 1.0 all of them.
-    whole = repr(given["trainer.limit_train_batches"]) == "1.0"
+    whole = given[_LIMIT] == _in_words(1.0)
     before, now = saved[AT_ONCE] * saved[ACCUMULATE], given[AT_ONCE] * given[ACCUMULATE]
     if before == now and whole and not counts:
         return saved, {key: value for key, value in given.items() if key not in (AT_ONCE, ACCUMULATE)}
     return {**saved, _STEP: before}, {**given, _STEP: now}
+
+
+def _in_words(limit: float) -> str:
+    return f"{limit} micro-batches a pass" if isinstance(limit, int) else f"{100 * limit:g} % of a pass"
 
 
 def go_by_epochs_(fit_loop: Any) -> None:

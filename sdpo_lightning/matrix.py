@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo_lightning.data.difficulty import is_matched
 from sdpo_lightning.divergences import k2
 from sdpo_lightning.types import LogpTable, PairLogps
-
-# Answers of like length: the shorter one has at least 90 % of the longer one's tokens.
-LIKE_LENGTH = 0.1
 
 
 def matrix_rows(
@@ -56,8 +54,7 @@ def matrix_rows(
 def _of_one_model(logps: PairLogps) -> dict[str, Any]:
     gamma = logps.gamma.double()
     right = (gamma > 0).double() + 0.5 * (gamma == 0).double()
-    longer = torch.maximum(logps.chosen_lengths, logps.rejected_lengths)
-    like = (logps.chosen_lengths - logps.rejected_lengths).abs() <= LIKE_LENGTH * longer
+    like = is_matched(logps)
     return {
         "gamma": gamma.mean().item(),
         "gamma_standard_error": _standard_error(gamma),

@@ -25,6 +25,11 @@ class PreferenceMetrics(Metric):
     """
 
     full_state_update = False
+    # States, each over the pairs since the last reset: `[len(KEYS)]`, a scalar, `[len(M0_KEYS)]`, a scalar.
+    sums: Tensor
+    count: Tensor
+    sums_m0: Tensor
+    count_m0: Tensor
     KEYS = (
         "loss",
         *_REWARDS,

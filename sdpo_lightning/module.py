@@ -28,6 +28,7 @@ from sdpo_lightning.checkpoint import StageCheckpoint, keep_patience_, refuse_pl
 from sdpo_lightning.completion_logps import CompletionLogps, SummedLogps
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.curriculum import compare_plans
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.exactness import LayoutName, exact_layout
 from sdpo_lightning.execution import Execution
 from sdpo_lightning.export import StageExport
@@ -45,8 +46,8 @@ from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import ReferencePolicy, ResidentReference
 from sdpo_lightning.reference_weights import check_beginning, recorded_weights
 from sdpo_lightning.report_callback import RunReport
+from sdpo_lightning.run_parts import callbacks_of
 from sdpo_lightning.run_state import run_plan
-from sdpo_lightning.schedules import ScheduleName
 from sdpo_lightning.stage_judge import judge_settings
 from sdpo_lightning.stage_models import StageEvaluation, StageSamples, StageTable
 from sdpo_lightning.strategy import sharding_of
@@ -56,6 +57,7 @@ from sdpo_lightning.types import (
     PreferenceBatch,
     QuantizationName,
     ResumeError,
+    ScheduleName,
     StageRecord,
 )
 
@@ -153,7 +155,7 @@ class DPOLitModule(HeldOutPairs):
     def configure_model(self) -> None:
         """Load S, once. Also called by `validate` and the others on a module that has trained."""
         if self.policy is None:
-            check_stage_losses(self.loss, self.trainer.datamodule.staging)
+            check_stage_losses(self.loss, data_of(self.trainer).staging)
             load_external(self)
             self.policy = self.load_model(self.model_name_or_path).train()
             self.exact_layout = from_first_rank(lambda: self.exact_layout)
@@ -172,7 +174,7 @@ class DPOLitModule(HeldOutPairs):
 
     def load_model(self, path: str) -> CausalBackbone:
         """A model as this run computes with it: cut, frozen, with its kernels. A collective."""
-        strategy, data = self.trainer.strategy, self.trainer.datamodule
+        strategy, data = self.trainer.strategy, data_of(self.trainer)
         cut, frozen = sharding_of(strategy), self._frozen_dtype()
 
         def load() -> CausalBackbone:
@@ -209,7 +211,8 @@ class DPOLitModule(HeldOutPairs):
     def read_model(self, folder: Path | None) -> nn.Module:
         """Read an exported M_t, or S where there is no folder: a model of its own, or its frozen adapter."""
         if self.lora is not None:
-            return frozen_adapter(self.policy, folder, self.first_adapter)
+            assert self.first_adapter is not None
+            return frozen_adapter(self.trained, folder, self.first_adapter)
         return self.load_model(self.model_name_or_path if folder is None else str(folder)).to(self.device)
 
     def settings(self) -> dict[str, Any]:
@@ -250,9 +253,9 @@ class DPOLitModule(HeldOutPairs):
         # they are cast for a moment: kept copies and, until a backward pass ends, their gradients are 4 bytes a weight.
         if not self.execution.gradient_checkpointing:
             CASTS.hold()
-        policy = self.compute_logps(self.policy, batch)
+        policy = self.compute_logps(self.trained, batch)
         self.last_logps = (policy.detach(), reference)
-        losses = self.preference_loss(policy, reference) + self.policy.router.take()
+        losses = self.preference_loss(policy, reference) + self.trained.router.take()
         self.watch(batch, losses, policy, reference)
         self.measure(self.step_metrics, losses, policy, reference, batch)
         total = torch.where(batch.weights > 0, losses * batch.weights, 0.0).sum()
@@ -263,7 +266,7 @@ class DPOLitModule(HeldOutPairs):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The stage callbacks, leaving out each of which the Trainer already has one (subclasses included)."""
-        present = self.trainer.callbacks
+        present = callbacks_of(self.trainer)
         makers: list[type[pl.Callback]] = [StageTransition, StageExport, MetricsLog, StageProgress, ContaminationGuard]
         makers += [StageEvaluation, StageSamples, StageTable, LikelihoodGuard, RunReport]
         if self.trainer.checkpoint_callbacks:
@@ -279,7 +282,7 @@ class DPOLitModule(HeldOutPairs):
         checkpoint["random_states"] = collect_random_states()
         checkpoint["run_plan"] = run_plan(self.trainer, self)
         checkpoint["reference"] = self.reference.state_dict()
-        into_checkpoint_(checkpoint, self.policy, self.lora, self.quantization)
+        into_checkpoint_(checkpoint, self.trained, self.lora, self.quantization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stage record over, and refuse another S, and in `fit` other settings.
@@ -289,7 +292,7 @@ class DPOLitModule(HeldOutPairs):
         """
         if "stage_record" not in checkpoint:
             raise ResumeError("`ckpt_path` is no checkpoint of this package: it has no stage record")
-        check_checkpoint(checkpoint, self.policy, self.lora, self.quantization)
+        check_checkpoint(checkpoint, self.trained, self.lora, self.quantization)
         record = StageRecord(**checkpoint["stage_record"])
         check_beginning(self.record, record)
         self.resumed_plan = checkpoint["run_plan"]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdpo_lightning.files import publish
 from sdpo_lightning.generation import Generator, Message, Prompt, Sampling
+from sdpo_lightning.publishing import write_text
 from sdpo_lightning.types import ConfigurationError
 
 Row = dict[str, Any]
@@ -305,7 +305,4 @@ def read_lines(path: Path) -> list[Row]:
 
 def write_lines(path: Path, rows: Sequence[Row]) -> None:
     """Write a JSON-lines file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    publish(staging, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

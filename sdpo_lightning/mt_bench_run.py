@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdpo_lightning.evaluation_models import EvaluatedModel
-from sdpo_lightning.files import file_digest, publish, write_json
+from sdpo_lightning.files import file_digest, write_json
 from sdpo_lightning.generation import Generator
 from sdpo_lightning.ledger import set_aside
 from sdpo_lightning.mt_bench import (
@@ -25,6 +25,7 @@ from sdpo_lightning.mt_bench import (
     score,
     write_lines,
 )
+from sdpo_lightning.publishing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ def _write_table(folder: Path, scores: Mapping[str, Score], judge: str, settings
         lines.append("| " + " | ".join([label, *cells, _cell(found.mean) + error, unreadable]) + " |")
     lines += ["", f"- value ± standard error over questions; judge: {judge}, with a prompt of sdpo_lightning's own"]
     text = "\n".join(lines) + "\n"
-    staging = folder / ".mt_bench.md.tmp"
-    staging.write_text(text, encoding="utf-8")
-    publish(staging, folder / "mt_bench.md")
+    write_text(folder / "mt_bench.md", text)
     return text
 
 

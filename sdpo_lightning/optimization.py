@@ -6,16 +6,19 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.data.prepare import row_number
-from sdpo_lightning.schedules import ScheduleName, learning_rate_factor, warmup_steps
-from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, Stage, StageSettings
+from sdpo_lightning.data.pair_lists import data_of
+from sdpo_lightning.data.rows import row_number
+from sdpo_lightning.run_parts import StageModule
+from sdpo_lightning.schedules import learning_rate_factor, warmup_steps
+from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ScheduleName, Stage, StageSettings
 
 Value = TypeVar("Value")
 
@@ -43,7 +46,7 @@ class PerStage(Generic[Value]):
         module.run_values[self._field] = value
 
 
-class StageOptimization(pl.LightningModule):
+class StageOptimization(StageModule):
     """The half of the module that steps.
 
     Args:
@@ -86,9 +89,9 @@ class StageOptimization(pl.LightningModule):
         """Index and name of the stage under way, or of the one that the weights are of."""
         stage = self.stage or self.evaluated
         index = 1 if stage is None else stage.index
-        return index, self.trainer.datamodule.name_of(index)
+        return index, data_of(self.trainer).name_of(index)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """A fresh optimizer and schedule; called again at each stage boundary.
 
         The schedule looks the stage up at each call: when Lightning first calls this, the plan isn't made yet.
@@ -151,7 +154,7 @@ class StageOptimization(pl.LightningModule):
         ids = [i for pair_id, bad in watched for i in pair_id[bad].tolist()]
         what = "loss or logps aren't finite" if ids else f"gradient norm {self.grad_norm}"
         ids = ids or [i for pair_id, _ in watched for i in pair_id.tolist()]
-        data = self.trainer.datamodule
+        data = data_of(self.trainer)
         pairs = [f"{i} ({data.source_of(i)} row {row_number(i)})" for i in ids[:8]]
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
         return (
@@ -178,7 +181,7 @@ class StageOptimization(pl.LightningModule):
         self,
         epoch: int,
         batch_idx: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step, and free the gradients: at the height of the next forward pass they would stand idle."""

@@ -273,10 +273,3 @@ def table(found: Mapping[str, Any]) -> str:
     said = "the same training" if found["same"] else "NOT the same training"
     lines.append(f"{said}: losses differ by {worst['difference']:.1e} at most, {worst['tolerance']:.1e} is allowed")
     return "\n".join(lines)
-
-
-def peak_resident() -> int:
-    """Most resident bytes of this process so far; 0 where the system doesn't say (`/proc`)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -16,12 +16,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.cli import CurriculumCLI
 from sdpo_lightning.data.datamodule import CurriculumDataModule
+from sdpo_lightning.memory import peak_resident
 from sdpo_lightning.module import DPOLitModule
-from sdpo_lightning.parity import peak_resident
 from sdpo_lightning.parity_trl import now
-from sdpo_lightning.types import Chunk, ConfigurationError
+from sdpo_lightning.types import Chunk, ConfigurationError, ReferenceInputs, Stage
 
 _BLOCK = 256
 
@@ -68,9 +69,9 @@ class TimedModule(DPOLitModule):
         super().configure_model()
         advance = self.reference.advance
 
-        def timed(*args: Any) -> None:
+        def timed(policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
             began = now()
-            advance(*args)
+            advance(policy, stage, inputs)
             self.seconds += now() - began
 
         self.reference.advance = timed  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_lightning.parity import peak_resident
+from sdpo_lightning.memory import peak_resident
 from sdpo_lightning.schedules import warmup_steps
 
 
@@ -74,9 +74,8 @@ def train(
     steps = len(pairs) // (made["per_device_train_batch_size"] * accumulate)
     config = trl.DPOConfig(output_dir=str(out), warmup_steps=warmup_steps(steps, settings["warmup_ratio"]), **made)
     device = "cuda" if settings["cuda"] else "cpu"
-    model, reference = (
-        AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).to(device) for _ in range(2)
-    )
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) for _ in range(2)]
+    model, reference = (model.to(device) for model in models)
     trainer = _ordered()(
         model,
         reference,
@@ -107,18 +106,24 @@ def _ordered() -> type:
     from torch.utils.data import SequentialSampler
 
     class Ordered(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args, **kwargs):
+        micro_losses: list[float] = []
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            """As they are."""
             return dataset
 
-        def _get_train_sampler(self, dataset=None):
+        def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+            """In their order."""
             return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            """Also note the loss of the micro-batch."""
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             self.micro_losses.append((found[0] if return_outputs else found).item())
             return found
 
-    Ordered.micro_losses = []
     return Ordered
 
 
@@ -127,13 +132,15 @@ def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def __init__(self):
+        def __init__(self) -> None:
             self.seconds, self._began = 0.0, 0.0
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Look at the clock."""
             self._began = now()
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Add the step's seconds."""
             self.seconds += now() - self._began
 
     return Clock()

@@ -14,6 +14,7 @@ from sdpo_lightning.types import ConfigurationError
 class _NamingParser(LightningArgumentParser):
     # jsonargparse makes one for each class that a config names: `known` are then that class's settings.
     def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Name the key that was probably meant, where one is unknown."""
         try:
             super().validate(*args, **kwargs)
         except KeyError as error:
@@ -32,7 +33,8 @@ class OneLineParser(_NamingParser):
 
     verbs: Any = None
 
-    def add_subcommands(self, required: bool = True, dest: str = "subcommand") -> Any:
+    # jsonargparse also takes what argparse does; Lightning gives none of it.
+    def add_subcommands(self, required: bool = True, dest: str = "subcommand") -> Any:  # type: ignore[override]
         """As jsonargparse's."""
         self.verbs = super().add_subcommands(required, dest)
         return self.verbs

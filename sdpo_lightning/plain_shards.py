@@ -11,8 +11,10 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
-_METADATA = ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")
-_METADATA += ("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING")
+_METADATA = (
+    *("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex"),
+    *("StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
 _ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
@@ -27,6 +29,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Knows nothing but the records of a distributed checkpoint and PyTorch's dtypes."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Only what the list of shards is made of."""
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
-
-import lightning.pytorch as pl
+from typing import Literal, get_args
 
 from sdpo_lightning.adapters import TRAINED
 from sdpo_lightning.backbone import copy_weights_
+from sdpo_lightning.run_parts import StageModule
 from sdpo_lightning.types import ConfigurationError, Stage
 
 log = logging.getLogger(__name__)
 
 PolicyStart = Literal["previous", "sft"]
-_STARTS = ("previous", "sft")
+_STARTS = get_args(PolicyStart)
 
 
 def check_start_name(name: str) -> None:
@@ -27,7 +26,7 @@ def check_start_name(name: str) -> None:
         raise ConfigurationError(f"`model.policy_starts_at` is {name!r}, expected one of {_STARTS}")
 
 
-def start_policy_(pl_module: pl.LightningModule, stage: Stage) -> int:
+def start_policy_(pl_module: StageModule, stage: Stage) -> int:
     """Make the policy what `model.policy_starts_at` asks for. A collective.
 
     With `sft` every stage trains S anew against the reference, which the stage before has moved
@@ -46,8 +45,8 @@ def start_policy_(pl_module: pl.LightningModule, stage: Stage) -> int:
     if stage.index == 1 or pl_module.policy_starts_at == "previous":
         return stage.index - 1
     if pl_module.first_adapter is not None:
-        pl_module.first_adapter.write_(pl_module.policy.model, TRAINED)
+        pl_module.first_adapter.write_(pl_module.trained.model, TRAINED)
     else:
-        copy_weights_(pl_module.policy, pl_module.read_model(None))
+        copy_weights_(pl_module.trained, pl_module.read_model(None))
     log.info("stage %d: the policy is S again", stage.index)
     return 0

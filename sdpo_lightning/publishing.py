@@ -1,4 +1,4 @@
-"""Rank 0: a finished file gets its name, on the disk. Without torch, so that `report` starts at once."""
+"""Rank 0: finished files get their names, on the disk. Without torch, so that `report` starts at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ def publish(staging: Path, path: Path) -> None:
     fsync(staging)
     os.replace(staging, path)
     fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    publish(staging, path)
 
 
 def fsync(path: Path) -> None:

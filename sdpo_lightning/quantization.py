@@ -6,6 +6,7 @@ NF4: arXiv 2305.14314; int8: arXiv 2208.07339.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,15 @@ def same_kernels_in_eval(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module).__name__
         if kind == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            # Of bitsandbytes, which isn't imported for its types.
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
             module.register_forward_pre_hook(_in_dtype_of_autocast)
         elif kind == "Linear8bitLt":
             module.register_forward_pre_hook(_as_in_training)
 
 
-def _in_dtype_of_autocast(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _in_dtype_of_autocast(module: Any, inputs: tuple[Tensor, ...]) -> None:
     # Else in that of its first forward, which may lie outside of autocast.
     device = inputs[0].device.type
     autocast = torch.is_autocast_enabled(device)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sdpo_lightning.files import publish
+from sdpo_lightning.publishing import publish
+from sdpo_lightning.ranks import from_every_rank
 
 
 def collect_random_states() -> list[dict[str, Any]]:
@@ -21,17 +22,14 @@ def collect_random_states() -> list[dict[str, Any]]:
     Returns:
         One dictionary a rank; loadable with `weights_only=True`.
     """
-    mine = _own_states()
-    if not dist.is_initialized():
-        return [mine]
-    states: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(states, mine)
-    return states
+    return from_every_rank(_own_states())
 
 
 def _own_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
     assert version == 3 and name == "MT19937"
     return {
         "python": torch.tensor(internal, dtype=torch.int64),

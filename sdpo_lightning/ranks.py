@@ -39,9 +39,9 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
         except Exception as error:  # noqa: BLE001
             told = [(None, _portable(error))]
     dist.broadcast_object_list(told)
-    result, error = told[0]
-    if error is not None:
-        raise error
+    result, failure = told[0]
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
 
 

@@ -7,19 +7,20 @@ from typing import Any
 import lightning.pytorch as pl
 
 from sdpo_lightning.completion_logps import SummedLogps
-from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.pair_lists import Report, data_of
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_parts import StageModule
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import RunFacts
 
 
-def check_reference(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def check_reference(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Ask the reference whether it goes with this run.
 
     Raises:
         ConfigurationError: it doesn't.
     """
-    data = trainer.datamodule
+    data = data_of(trainer)
     facts = RunFacts(
         sharded=sharding_of(trainer.strategy) is not None,
         tokenizer=data.tokenizer,
@@ -39,5 +40,5 @@ def needs_own_lengths(pl_module: Any) -> bool:
     return weighs_tokens or type(pl_module).compute_logps.__qualname__ != "DPOLitModule.compute_logps"
 
 
-def _cut(report: SourceReport) -> int:
+def _cut(report: Report) -> int:
     return sum(count for mark, count in report.marks.items() if mark.removeprefix("val_").endswith("_cut"))

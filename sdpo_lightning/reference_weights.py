@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 from safetensors import SafetensorError
 from torch import nn
 
 from sdpo_lightning.adapter_reference import model_digest
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.reference import check_reference_digest
+from sdpo_lightning.run_parts import StageModule
 from sdpo_lightning.types import ConfigurationError, ResumeError, StageRecord
 
 
-def recorded_weights(pl_module: pl.LightningModule, run_dir: Path) -> nn.Module:
+def recorded_weights(pl_module: StageModule, run_dir: Path) -> nn.Module:
     """Read the M_t that the record names as the reference, and verify it.
 
     Args:

@@ -6,9 +6,9 @@ import logging
 
 import lightning.pytorch as pl
 
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.files import write_json
 from sdpo_lightning.report_command import report_run
+from sdpo_lightning.run_parts import run_dir, stage_module
 from sdpo_lightning.run_state import has_last_model, leaves_files
 from sdpo_lightning.versions import versions
 
@@ -27,7 +27,7 @@ class RunReport(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report. Whatever goes wrong, the run is done, so it is only a warning."""
-        if not trainer.is_global_zero or not has_last_model(trainer, pl_module):
+        if not trainer.is_global_zero or not has_last_model(trainer, stage_module(pl_module)):
             return
         if pl_module.stage is None and (run_dir(trainer) / "report.html").exists():
             # A finished run that was started again: its files stay.

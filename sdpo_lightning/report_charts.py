@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -70,6 +70,8 @@ class BarChart:
 
 
 Chart = LineChart | BarChart
+# x and y of the data -> those of the SVG.
+Place = Callable[[float, float], tuple[float, float]]
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -98,8 +100,7 @@ def shortened(text: str, length: int) -> str:
 
 def svg(chart: Chart) -> str:
     """The chart as one `<svg>` element."""
-    draw = _lines if isinstance(chart, LineChart) else _bars
-    height, body = draw(chart)
+    height, body = _lines(chart) if isinstance(chart, LineChart) else _bars(chart)
     label = escape(chart.title, quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{body}</svg>'
 
@@ -163,7 +164,7 @@ def _boundaries(chart: LineChart, places: list[float]) -> list[str]:
     return parts
 
 
-def _one_line(line: Series, css: str, place, marked: bool) -> list[str]:
+def _one_line(line: Series, css: str, place: Place, marked: bool) -> list[str]:
     places = [place(x, y) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts = [f'<polyline points="{path}" class="line {css}"><title>{escape(line.name)}</title></polyline>']

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdpo_lightning.publishing import publish
+from sdpo_lightning.publishing import write_text
 from sdpo_lightning.report_data import Run, read_run
 from sdpo_lightning.report_figures import comparison_charts, run_charts
 from sdpo_lightning.report_page import comparison_page, labels, run_page
@@ -30,7 +30,7 @@ def run_report(words: Sequence[str]) -> None:
         raise ConfigurationError(f"`report`: {error}; give a run's `trainer.default_root_dir`") from error
     several = len(runs) > 1
     out = options.out or (Path("comparison.html") if several else runs[0].folder / "report.html")
-    write_page(comparison_page(runs) if several else run_page(runs[0]), out)
+    write_text(out, comparison_page(runs) if several else run_page(runs[0]))
     print(f"written: {out}")
     for name, why in [pair for run in runs for pair in run.missing.items()]:
         print(f"left out: {name} ({why})")
@@ -49,13 +49,5 @@ def report_run(folder: Path) -> Run:
         folder: the run directory.
     """
     run = read_run(folder)
-    write_page(run_page(run), folder / "report.html")
+    write_text(folder / "report.html", run_page(run))
     return run
-
-
-def write_page(text: str, path: Path) -> None:
-    """Write a page that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    publish(staging, path)

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -129,9 +129,10 @@ def _json(run: Run, name: str) -> dict[str, Any]:
 
 
 def _steps(run: Run, name: str) -> list[dict[str, float]]:
-    rows = csv.DictReader(_text(run, name).splitlines())
-    read = [{key: float(value) for key, value in row.items() if key and value} for row in rows]
-    # The last line of a run that is being written may be cut off.
+    lines = _text(run, name).splitlines(keepends=True)
+    # The last line of a run that is being written may be cut off, in the midst of a number.
+    whole = [line for line in lines if line.endswith("\n")]
+    read = [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(whole)]
     return [row for row in read if {"step", "stage/index"} <= row.keys()]
 
 
@@ -166,6 +167,6 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
     return [(prefix, value)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdpo_lightning.report_charts import BarChart, Chart, LineChart
 
@@ -43,7 +44,7 @@ def write_pngs(charts: Sequence[Chart], folder: Path) -> list[Path]:
     return paths
 
 
-def _draw_lines(axes, chart: LineChart) -> None:
+def _draw_lines(axes: Any, chart: LineChart) -> None:
     marker = "o" if chart.ticks else None
     for line in chart.series:
         xs, ys = zip(*line.points, strict=True)
@@ -60,7 +61,7 @@ def _draw_lines(axes, chart: LineChart) -> None:
         axes.legend(fontsize=8)
 
 
-def _draw_bars(axes, chart: BarChart) -> None:
+def _draw_bars(axes: Any, chart: BarChart) -> None:
     names = [_plain(name) for name, _, _ in chart.bars]
     axes.barh(range(len(names)), [v for _, v, _ in chart.bars], xerr=[e for _, _, e in chart.bars], capsize=3)
     axes.set_yticks(range(len(names)), names)

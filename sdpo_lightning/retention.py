@@ -29,20 +29,23 @@ def remove_models(run_dir: Path, keep_last: int, reference: int) -> list[str]:
         The folders that were deleted.
     """
     ledger = Ledger.read(run_dir)
+    if ledger is None:
+        return []
     # What a fork adopted is its parent's.
-    done = [stage for stage in ledger.own_stages if stage.output is not None] if ledger is not None else []
-    needed = {reference, *(stage.index for stage in done[-keep_last:])}
-    past = [stage for stage in done if stage.index not in needed and not stage.output.removed]
+    done = {stage.index: stage.output for stage in ledger.own_stages if stage.output is not None}
+    needed = {reference, *list(done)[-keep_last:]}
+    past = {index for index, output in done.items() if index not in needed and not output.removed}
     if past:
-        needed |= {index for folder in ledger.checkpoints for index in _references(run_dir / folder)}
-        past = [stage for stage in past if stage.index not in needed]
-    for stage in past:
-        stage.output = replace(stage.output, removed=True)
+        past -= {index for folder in ledger.checkpoints for index in _references(run_dir / folder)}
+    for stage in ledger.own_stages:
+        if stage.index in past:
+            stage.output = done[stage.index] = replace(done[stage.index], removed=True)
     if past:
         # First the note: a model that is there in spite of it is deleted below, now or next time.
         ledger.write(run_dir)
     gone = []
-    for folder in [stage.output.folder for stage in done if stage.output.removed]:
+    for folder in [output.folder for output in done.values() if output.removed]:
+        assert folder is not None, "only M_0 has none"
         for path in (run_dir / folder, run_dir / f"{folder}-merged"):
             if path.is_dir():
                 shutil.rmtree(path)

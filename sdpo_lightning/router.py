@@ -53,7 +53,7 @@ class RouterLoss:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._declared = float(config.get("router_aux_loss_coef") or 0.0)
         self._is_mixture = "output_router_logits" in config
-        self._top_k = config.get("num_experts_per_tok")
+        self._top_k: int | None = config.get("num_experts_per_tok")
         self.coefficient = 0.0
         self._loss: Tensor | float = 0.0
 
@@ -98,7 +98,8 @@ class RouterLoss:
                 "the model's config has `router_aux_loss_coef`, and its body gives no router logits; set "
                 "`model.router_aux_loss: 0`"
             )
-        self._loss = self.coefficient * load_balancing_loss(router_logits, int(self._top_k), real_positions(batch))
+        assert self._top_k is not None, "a mixture of experts without `num_experts_per_tok`"
+        self._loss = self.coefficient * load_balancing_loss(router_logits, self._top_k, real_positions(batch))
 
     def take(self) -> Tensor | float:
         """The loss times its coefficient, once; 0 where there is none."""

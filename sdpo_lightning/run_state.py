@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sdpo_lightning.export import run_dir
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import file_digest, sweep
 from sdpo_lightning.ledger import LEDGER, Ledger, LedgerStage, Weights, is_intact
 from sdpo_lightning.random_states import collect_random_states, states_path, write_random_states
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.run_lock import RunLock
+from sdpo_lightning.run_parts import StageModule, epochs_processed, is_try, run_dir
 from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
 
 log = logging.getLogger(__name__)
@@ -22,24 +24,24 @@ log = logging.getLogger(__name__)
 
 def leaves_files(trainer: pl.Trainer) -> bool:
     """Whether this is a run: not a try with `fast_dev_run`, not the verb `rank`."""
-    return not trainer.fast_dev_run and bool(trainer.limit_train_batches)
+    return not is_try(trainer) and bool(trainer.limit_train_batches)
 
 
 def is_complete(trainer: pl.Trainer) -> bool:
     """Whether the last pass of the last stage is done; after a stop within it that is to be asked of its last batch."""
-    last = trainer.datamodule.stages()[-1]
-    return trainer.fit_loop.epoch_progress.current.processed >= last.first_epoch + last.epochs
+    last = data_of(trainer).stages()[-1]
+    return epochs_processed(trainer) >= last.first_epoch + last.epochs
 
 
-def has_last_model(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+def has_last_model(trainer: pl.Trainer, pl_module: StageModule) -> bool:
     """Whether this is a run whose M_T is exported."""
-    data = trainer.datamodule
+    data = data_of(trainer)
     return leaves_files(trainer) and data.is_ranked and len(data.stages()) in pl_module.record.digests
 
 
-def run_plan(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+def run_plan(trainer: pl.Trainer, pl_module: StageModule) -> dict[str, Any]:
     """All that a resumed run must agree on, as plain values."""
-    return trainer.datamodule.plan().values() | pl_module.settings()
+    return data_of(trainer).plan().values() | pl_module.settings()
 
 
 def lock_run(trainer: pl.Trainer, lock: RunLock) -> None:
@@ -57,7 +59,7 @@ def lock_run(trainer: pl.Trainer, lock: RunLock) -> None:
     from_first_rank(take)
 
 
-def open_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+def open_stage(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> None:
     """Commit that a stage has begun. A collective."""
     plan = run_plan(trainer, pl_module)
 
@@ -75,7 +77,7 @@ def open_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage)
     from_first_rank(commit)
 
 
-def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> None:
+def close_stage(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> None:
     """Commit that M_t is written. A collective."""
     digest, folder = pl_module.record.digests[stage.index], pl_module.record.folders[stage.index]
     # A finished run that is taken up again hasn't restored them.
@@ -90,13 +92,13 @@ def close_stage(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage
             # For forks, which begin here.
             write_random_states(states_path(run_dir(trainer), stage.index), states)
             entry.output, entry.status, entry.steps = output, "done", trainer.global_step
-            entry.end = trainer.datamodule.ends.get(stage.index)
+            entry.end = data_of(trainer).ends.get(stage.index)
             ledger.write(run_dir(trainer))
 
     from_first_rank(commit)
 
 
-def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Stage]) -> None:
+def take_up(trainer: pl.Trainer, pl_module: StageModule, stages: list[Stage]) -> None:
     """Compare the checkpoint with the ledger, and set aside what lies behind it. A collective.
 
     Raises:
@@ -106,7 +108,7 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
     if not pl_module.record.entered:
         raise ConfigurationError("no stage record was read: `on_load_checkpoint` must call `super()`'s")
     plan = run_plan(trainer, pl_module)
-    finished = trainer.fit_loop.epoch_progress.current.processed
+    finished = epochs_processed(trainer)
     done = sum(finished >= stage.first_epoch + stage.epochs for stage in stages)
 
     def commit() -> None:
@@ -124,7 +126,7 @@ def take_up(trainer: pl.Trainer, pl_module: pl.LightningModule, stages: list[Sta
             ledger.check(record, pl_module.resumed_plan)
             if moved := ledger.back_to(folder, record.entered, done):
                 log.warning("moved to %s, because the checkpoint is from before them: %s", folder / "stale", moved)
-        ledger.accepted = list(trainer.datamodule.accepted)
+        ledger.accepted = list(data_of(trainer).accepted)
         ledger.take_plan(pl_module.resumed_plan)
         ledger.take_plan(plan)
         if ledger != before:
@@ -143,7 +145,7 @@ def _warn_of_an_altered_reference(folder: Path, ledger: Ledger, record: StageRec
 
 
 def _entry(trainer: pl.Trainer, record: StageRecord, stage: Stage, reference: int) -> LedgerStage:
-    data = trainer.datamodule
+    data = data_of(trainer)
     weights = Weights(record.folders.get(reference), record.digests[reference])
     digest = data.store.digest(list(stage.pair_ids))
     return LedgerStage(stage.index, stage.name, len(stage.pair_ids), digest, data.seed, weights)
@@ -151,5 +153,6 @@ def _entry(trainer: pl.Trainer, record: StageRecord, stage: Stage, reference: in
 
 def _checkpoint_folders(trainer: pl.Trainer) -> list[str]:
     root = run_dir(trainer).absolute()
-    paths = {Path(callback.dirpath).absolute() for callback in trainer.checkpoint_callbacks if callback.dirpath}
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    paths = {Path(callback.dirpath).absolute() for callback in savers if callback.dirpath}
     return sorted(str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths)

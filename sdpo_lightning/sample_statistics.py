@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,11 +16,12 @@ from sdpo_lightning.adapter_reference import frozen_adapter_kept
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.completion_logps import SummedLogps
 from sdpo_lightning.data.collate import TokenizedPair
-from sdpo_lightning.export import run_dir
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import MetricsFile
 from sdpo_lightning.random_states import random_states_kept
 from sdpo_lightning.ranks import from_every_rank
 from sdpo_lightning.reference import is_sft
+from sdpo_lightning.run_parts import StageModule, run_dir, stage_module
 from sdpo_lightning.run_state import leaves_files
 from sdpo_lightning.sampling import (
     Answer,
@@ -109,12 +110,13 @@ class SampleStatistics(pl.Callback):
         Raises:
             ConfigurationError: sharded weights, or logps that aren't plain sums.
         """
+        pl_module = stage_module(pl_module)
         if stage != "fit":
             return
         if sharding_of(trainer.strategy) is not None:
             raise ConfigurationError(
                 "SampleStatistics with sharded weights, on which `generate` doesn't run; leave it out of "
-                "`trainer.callbacks`, or use `trainer.strategy: ddp` or one device"
+                "`callbacks_of(trainer)`, or use `trainer.strategy: ddp` or one device"
             )
         own = type(pl_module).compute_logps.__qualname__ != "DPOLitModule.compute_logps"
         logps = pl_module.logps
@@ -122,11 +124,12 @@ class SampleStatistics(pl.Callback):
             name = "an overridden `compute_logps`" if own else f"`model.logps: {logps}`"
             raise ConfigurationError(
                 f"SampleStatistics with {name}: a KL needs the plain sum over an answer's tokens; leave it out of "
-                "`trainer.callbacks`"
+                "`callbacks_of(trainer)`"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file; a resumed run drops the rows beyond its checkpoint."""
+        pl_module = stage_module(pl_module)
         self._step = trainer.global_step
         if trainer.is_global_zero and leaves_files(trainer):
             columns = ["step", "stage/index", *COLUMNS]
@@ -138,6 +141,7 @@ class SampleStatistics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure after every n-th step."""
+        pl_module = stage_module(pl_module)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -145,15 +149,15 @@ class SampleStatistics(pl.Callback):
             return
         values = {f"samples/{name}": value for name, value in self.measure(trainer, pl_module).items()}
         if self._file is not None:
-            self._file.append({"step": self._step, "stage/index": pl_module.stage.index, **values})
+            self._file.append({"step": self._step, "stage/index": pl_module.stage_under_way.index, **values})
         # For other callbacks. Loggers get it whatever `log_every_n_steps` is.
         pl_module.log_dict(values, logger=False, rank_zero_only=False)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self._step)
 
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+    def measure(self, trainer: pl.Trainer, pl_module: StageModule) -> dict[str, float]:
         """Draw answers and score them; equal on all ranks. A collective."""
-        policy, modes = pl_module.policy, pl_module.policy.training
+        policy, modes = pl_module.trained, pl_module.trained.training
         with random_states_kept(), torch.no_grad():
             policy.eval()
             try:
@@ -162,9 +166,9 @@ class SampleStatistics(pl.Callback):
                 policy.train(modes)
         return sample_statistics([row for part in from_every_rank(rows) for row in part])
 
-    def _scored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Scored]:
+    def _scored(self, trainer: pl.Trainer, pl_module: StageModule) -> list[Scored]:
         drawn = self._draw(trainer, pl_module)
-        scored = [self._logps(batch, lambda b: pl_module.score(pl_module.policy, b)) for batch, _ in drawn]
+        scored = [self._logps(batch, lambda b: pl_module.score(pl_module.trained, b)) for batch, _ in drawn]
         references: list[list[float]] | None = None
         with _reference_logps(pl_module, trainer) as reference:
             if reference is not None:
@@ -174,15 +178,15 @@ class SampleStatistics(pl.Callback):
         else:
             with _read(pl_module, lambda: pl_module.read_model(None)) as model:
                 sft = [self._logps(batch, lambda b: pl_module.score(model, b)) for batch, _ in drawn]
-        rows = []
+        rows: list[Scored] = []
         for number, (_, answers) in enumerate(drawn):
-            known = [None] * len(answers) if references is None else references[number]
+            known: Sequence[float | None] = [None] * len(answers) if references is None else references[number]
             rows += map(Scored, answers, scored[number], known, sft[number])
         return rows
 
-    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[tuple[PreferenceBatch, list[Answer]]]:
+    def _draw(self, trainer: pl.Trainer, pl_module: StageModule) -> list[tuple[PreferenceBatch, list[Answer]]]:
         """This rank's share: batches of pairs, and their answers: first the chosen sides, then the rejected ones."""
-        data, model = trainer.datamodule, pl_module.policy.model
+        data, model = data_of(trainer), pl_module.trained.model
         prompts = [ids for _, ids in chosen_prompts(data, self.prompts, self.num_prompts)]
         pairs = [ids for ids in prompts for _ in range(self.answers_per_prompt // 2)]
         own = list(range(len(pairs)))[trainer.global_rank :: trainer.world_size]
@@ -210,7 +214,7 @@ class SampleStatistics(pl.Callback):
 
 
 @contextmanager
-def _reference_logps(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Iterator[Logps | None]:
+def _reference_logps(pl_module: StageModule, trainer: pl.Trainer) -> Iterator[Logps | None]:
     """What scores by the reference: itself, or the M_t that it has cached logps of; None for another model's."""
     if pl_module.reference.scores_any_pair:
         yield pl_module.reference.logps
@@ -222,9 +226,9 @@ def _reference_logps(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Iter
 
 
 @contextmanager
-def _read(pl_module: pl.LightningModule, read: Callable[[], nn.Module]) -> Iterator[nn.Module]:
+def _read(pl_module: StageModule, read: Callable[[], nn.Module]) -> Iterator[nn.Module]:
     """A model for a moment; with adapters it takes the place of the frozen one."""
-    with nullcontext() if pl_module.lora is None else frozen_adapter_kept(pl_module.policy):
+    with nullcontext() if pl_module.lora is None else frozen_adapter_kept(pl_module.trained):
         model = read().requires_grad_(False).eval()
         try:
             yield model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from sdpo_lightning.attention import packed_rows
 from sdpo_lightning.casts import CASTS
@@ -152,6 +152,7 @@ def draw_answers(
         max_new_tokens=numbers.shape[1], do_sample=False, use_cache=True, eos_token_id=list(ends), pad_token_id=pad
     )
     draw = DrawByUniforms(numbers)
+    assert isinstance(model, GenerationMixin)
     with packed_rows(False), _no_generation_settings(model), CASTS.generating():
         found = model.generate(
             input_ids=rows,

@@ -8,8 +8,15 @@ from sdpo_lightning.types import ScheduleName
 
 
 def warmup_steps(num_steps: int, warmup_ratio: float) -> int:
-    """Warm-up steps of a stage: `ceil(ratio * steps)`, as transformers counts them."""
-    return math.ceil(warmup_ratio * num_steps)
+    """Warm-up steps of a stage: `ceil(ratio * steps)`, as transformers counts them.
+
+    None where the stage has one step: that of a warm-up's first step is 0, so nothing would be trained.
+
+    Args:
+        num_steps: optimizer steps of the stage.
+        warmup_ratio: share of them, in [0, 1].
+    """
+    return math.ceil(warmup_ratio * num_steps) if num_steps > 1 else 0
 
 
 def learning_rate_factor(name: ScheduleName, step: int, num_steps: int, warmup: int) -> float:

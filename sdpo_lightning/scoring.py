@@ -7,25 +7,26 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.exactness import COLLATORS, exact_layout
-from sdpo_lightning.export import run_dir
 from sdpo_lightning.logp_tables import cache_key, read_table, score_pairs, write_table
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_parts import StageModule, run_dir
 from sdpo_lightning.types import LogpTable, ReferenceInputs, Stage
 
 log = logging.getLogger(__name__)
 
 
-def set_layout(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def set_layout(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Decide the batch form, now that the model is there to say whether `data.layout` is exact for it."""
-    data = trainer.datamodule
+    data = data_of(trainer)
     multiple = data.batching.pad_to_multiple_of
     # A sharded model was looked at when it was read.
-    name = pl_module.exact_layout or exact_layout(pl_module.policy, data.layout, multiple)
+    name = pl_module.exact_layout or exact_layout(pl_module.trained, data.layout, multiple)
     data.collator = COLLATORS[name](data.pad_token_id, multiple)
 
 
-def score_by_m0(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def score_by_m0(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Have M_0's logps of the pairs to rank: by a pass, or in a fork from its parent where they are the same."""
     inputs = _m0_inputs(trainer, pl_module)
     key, table = cache_key(inputs), None
@@ -33,23 +34,23 @@ def score_by_m0(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         parents = Path(pl_module.fork.run) / _m0_path(trainer).relative_to(run_dir(trainer))
         table = from_first_rank(lambda: read_table(parents, key))
     if table is None:
-        log.info("scoring %d pairs by M_0", len(trainer.datamodule.ranking_ids()))
-        table = score_pairs(pl_module.policy, inputs.batches, pl_module.score, title="ranking by M_0")
+        log.info("scoring %d pairs by M_0", len(data_of(trainer).ranking_ids()))
+        table = score_pairs(pl_module.trained, inputs.batches, pl_module.score, title="ranking by M_0")
     pl_module.m0_logps = table
     if trainer.limit_train_batches:
         from_first_rank(lambda: write_table(_m0_path(trainer), table, key))
 
 
-def read_m0(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def read_m0(trainer: pl.Trainer, pl_module: StageModule) -> None:
     """Take up M_0's logps again, in a run that goes on."""
-    if trainer.datamodule.needs_ranking:
+    if data_of(trainer).needs_ranking:
         key = cache_key(_m0_inputs(trainer, pl_module))
         pl_module.m0_logps = from_first_rank(lambda: read_table(_m0_path(trainer), key))
 
 
-def stage_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stage) -> ReferenceInputs:
+def stage_inputs(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> ReferenceInputs:
     """What the reference of a stage may need: the chunk's pairs and all held-out ones."""
-    record, reference, data = pl_module.record, pl_module.reference, trainer.datamodule
+    record, reference, data = pl_module.record, pl_module.reference, data_of(trainer)
     # Before the stage is entered it is about to be that model; a resumed one may have been held back.
     index = record.reference if record.entered == stage.index else reference.model_index(stage)
     known = pl_module.m0_logps if index == 0 else None
@@ -59,26 +60,26 @@ def stage_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Stag
     return _inputs(trainer, pl_module, ids, record.digests[index], run_dir(trainer) / "references", known)
 
 
-def evaluation_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, ids: list[int]) -> ReferenceInputs:
+def evaluation_inputs(trainer: pl.Trainer, pl_module: StageModule, ids: list[int]) -> ReferenceInputs:
     """What the reference needs for other pairs, outside of `fit`."""
     digest = pl_module.record.digests[pl_module.record.reference]
     return _inputs(trainer, pl_module, ids, digest, run_dir(trainer) / "references" / "evaluation")
 
 
-def _m0_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceInputs:
-    ids = trainer.datamodule.ranking_ids()
+def _m0_inputs(trainer: pl.Trainer, pl_module: StageModule) -> ReferenceInputs:
+    ids = data_of(trainer).ranking_ids()
     return _inputs(trainer, pl_module, ids, pl_module.record.digests[0], run_dir(trainer) / "references")
 
 
 def _inputs(
     trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
+    pl_module: StageModule,
     ids: list[int],
     digest: str,
     folder: Path,
     known: LogpTable | None = None,
 ) -> ReferenceInputs:
-    data = trainer.datamodule
+    data = data_of(trainer)
     return ReferenceInputs(
         batches=data.batches(ids),
         rows_digest=lambda: data.store.digest(ids),
@@ -89,10 +90,10 @@ def _inputs(
     )
 
 
-def numerics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+def numerics(trainer: pl.Trainer, pl_module: StageModule) -> str:
     """What logps depend on beside weights and rows: precision, layout, and the function that gives them."""
     logps = type(pl_module).compute_logps
-    names = (str(trainer.precision), type(trainer.datamodule.collator).__name__, logps.__module__, logps.__qualname__)
+    names = (str(trainer.precision), type(data_of(trainer).collator).__name__, logps.__module__, logps.__qualname__)
     return " ".join([*names, str(pl_module.logps.settings())])
 
 

@@ -1,14 +1,16 @@
-"""Rank 4: the self-check at the first step of a stage: policy and reference are the same model."""
+"""Rank 5: the self-check at the first step of a stage: policy and reference are the same model."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 
+from sdpo_lightning.backbone import weights_digest
+from sdpo_lightning.run_parts import StageModule
 from sdpo_lightning.types import PairLogps, PreferenceBatch, SelfCheckError, Stage
 
 
 def compare_logps(
-    pl_module: pl.LightningModule, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps
+    pl_module: StageModule, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps
 ) -> str:
     """How the logps `[B]` of policy and reference differ at the first step of a stage; empty if they agree.
 
@@ -28,6 +30,31 @@ def compare_logps(
     if worst <= tolerance:
         return ""
     return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"
+
+
+def check_weights(trainer: pl.Trainer, pl_module: StageModule, stage: Stage, start: int) -> None:
+    """Stop a run whose policy isn't M_start by digest, or whose reference isn't what is recorded of it. A collective.
+
+    Args:
+        trainer: of the run.
+        pl_module: has policy, reference and record.
+        stage: that begins.
+        start: index of the model that the policy should be.
+
+    Raises:
+        SelfCheckError: naming the stage.
+    """
+    problem, record = "", pl_module.record
+    expected, index = record.digests[start], record.reference
+    found = pl_module.reference.digest()
+    said = pl_module.reference.starts_at_policy or index != stage.index - 1
+    if weights_digest(pl_module.trained) != expected:
+        problem = f"the policy is not M_{start}, whose sha is {expected[:12]}"
+    # One of the user's own that isn't at the policy, and doesn't say what it is, is taken at its word.
+    elif said and found is not None and found != record.digests[index]:
+        name = f"M_{index}" if index >= 0 else "the external model"
+        problem = f"the reference has sha {found[:12]}, {name} has {record.digests[index][:12]}"
+    stop_if(trainer, stage, problem)
 
 
 def stop_if(trainer: pl.Trainer, stage: Stage, problem: str) -> None:

@@ -118,7 +118,7 @@ def weights_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -143,10 +143,15 @@ def copy_shards_(target: nn.Module, source: nn.Module) -> None:
         other = theirs[name]
         assert isinstance(mine, DTensor) and isinstance(other, DTensor), f"{name} is not sharded"
         assert mine.placements == other.placements and mine.device_mesh == other.device_mesh, f"{name} is cut otherwise"
-    torch._foreach_copy_([p.to_local() for p in ours.values()], [theirs[name].to_local() for name in ours])
+    torch._foreach_copy_([_local(p) for p in ours.values()], [_local(theirs[name]) for name in ours])
     buffers = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
         buffer.copy_(buffers[name])
+
+
+def _local(shard: Tensor) -> Tensor:
+    assert isinstance(shard, DTensor)
+    return shard.to_local()
 
 
 def whole_tensors(named: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -162,7 +167,9 @@ def whole_tensors(named: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
             continue
         # Parked shards travel by way of the device.
         device = tensor.device_mesh.device_type
-        whole = (tensor if tensor.device.type == device else tensor.to(device)).full_tensor()
+        moved = tensor if tensor.device.type == device else tensor.to(device)
+        assert isinstance(moved, DTensor)
+        whole = moved.full_tensor()
         yield name, whole.cpu() if dist.get_rank() == 0 else whole.to("meta")
 
 

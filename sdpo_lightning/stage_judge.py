@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sdpo_lightning.data.endings import last_epoch
-from sdpo_lightning.export import run_dir
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import write_json
 from sdpo_lightning.loop_progress import end_pass_
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
+from sdpo_lightning.run_parts import StageModule, callbacks_of, is_try, run_dir, stage_module, val_check_is_timed
 from sdpo_lightning.stage_weights import LastOfStage, StageWeights
 from sdpo_lightning.stop_rule import StopRule, StopState, check_judged, judge, monitored
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
@@ -68,9 +69,9 @@ class StageJudge:
             ConfigurationError: with what to set.
         """
         self.weights.check(trainer)
-        if not self.judges or trainer.fast_dev_run:
+        if not self.judges or is_try(trainer):
             return
-        data = trainer.datamodule
+        data = data_of(trainer)
         held_out = data.val_names if trainer.limit_val_batches else []
         groups = data.staging.judged_groups
         monitors = [] if self.stop is None else [(STOP, None if self.stop.patience is None else self.stop.monitor)]
@@ -78,7 +79,7 @@ class StageJudge:
             monitors.append((WEIGHTS, self.weights.monitor))
         for where, monitor in monitors:
             check_judged(where, monitor, groups, held_out)
-            timed = trainer._val_check_time_interval is not None
+            timed = val_check_is_timed(trainer)
             interval = "a time" if timed else trainer.val_check_interval
             check_interval(where, interval, max(data.staging.epochs(data.staging.names())))
 
@@ -93,12 +94,12 @@ class StageJudge:
         """Add up anew."""
         self._distances.clear()
 
-    def observe(self, pl_module: pl.LightningModule, batch: PreferenceBatch) -> None:
+    def observe(self, pl_module: StageModule, batch: PreferenceBatch) -> None:
         """Add up a batch of held-out pairs."""
         if self.stop is not None and self.stop.max_kl is not None and pl_module.last_logps is not None:
             self._distances.append(k2_sums(batch.weights, *pl_module.last_logps))
 
-    def after_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def after_validation(self, trainer: pl.Trainer, pl_module: StageModule) -> None:
         """Judge, the same on all ranks. A collective.
 
         Raises:
@@ -106,19 +107,19 @@ class StageJudge:
         """
         if self._chooses:
             monitor = self.weights.monitor
-            value = None if monitor is None else self._value(trainer, pl_module.stage, monitor, WEIGHTS)
+            value = None if monitor is None else self._value(trainer, pl_module.stage_under_way, monitor, WEIGHTS)
             self.weights.after_validation(trainer, pl_module, value)
         if self.stop is None or self.reason:
             return
         value = kl = None
         if self.stop.patience is not None:
-            value = self._value(trainer, pl_module.stage, self.stop.monitor, STOP)
+            value = self._value(trainer, pl_module.stage_under_way, self.stop.monitor, STOP)
         if self.stop.max_kl is not None:
             kl = held_out_kl(self._distances)
         self._state, self.reason = judge(self.stop, self._state, value, kl)
         log.info(
             "stage %d, step %d: %s%s%s",
-            pl_module.stage.index,
+            pl_module.stage_under_way.index,
             trainer.global_step,
             "" if value is None else f"{self.stop.monitor} {value:.6g}, {self._state.waited} without improvement",
             "" if kl is None else f" KL {kl:.4g}",
@@ -127,7 +128,7 @@ class StageJudge:
 
     @staticmethod
     def _value(trainer: pl.Trainer, stage: Stage, monitor: str, where: str) -> float:
-        data = trainer.datamodule
+        data = data_of(trainer)
         names = dict.fromkeys(data.source_of(index << 40) for index in sorted({i >> 40 for i in stage.pair_ids}))
         sources = {name: len(data.reports[name].val_ids) for name in names if name in data.val_names}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -213,20 +214,22 @@ class JudgedStages(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Let the stop rule see the logps of held-out pairs."""
+        pl_module = stage_module(pl_module)
         self.judge.observe(pl_module, batch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge the stage, before this step is saved."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+        pl_module = stage_module(pl_module)
+        if trainer.state.fn != TrainerFn.FITTING or is_try(trainer):
             return
         self.judge.after_validation(trainer, pl_module)
         # Between the micro-batches of a step the stage goes on to the step's end.
         if not trainer.fit_loop._should_accumulate():
             self.end_if_due(trainer, pl_module)
 
-    def end_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_if_due(self, trainer: pl.Trainer, pl_module: StageModule) -> None:
         """Where the rule says so, end the stage with this step; what comes is as at a planned end."""
-        data, stage = trainer.datamodule, pl_module.stage
+        data, stage = data_of(trainer), pl_module.stage_under_way
         if not self.judge.reason:
             return
         if trainer.is_last_batch and trainer.current_epoch + 1 == last_epoch([stage]):
@@ -235,14 +238,14 @@ class JudgedStages(pl.Callback):
         pl_module.stage = data.stages()[stage.index - 1]
         trainer.fit_loop.max_epochs = last_epoch(data.stages())
         end_pass_(trainer.fit_loop)
-        taken = pl_module.stage.num_steps, stage.num_steps
+        taken = pl_module.stage_under_way.num_steps, stage.num_steps
         log.info("stage %d %r ends after %d of %d steps: %s", stage.index, stage.name, *taken, self.judge.reason)
-        if trainer.is_global_zero:
-            write_json(run_dir(trainer) / "curriculum.json", data.curriculum())
+        write_curriculum(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """At a stage's end: the weights that become M_t, before they are saved."""
-        stage = pl_module.stage
+        pl_module = stage_module(pl_module)
+        stage = pl_module.stage_under_way
         if trainer.is_last_batch and trainer.current_epoch + 1 == last_epoch([stage]):
             self.judge.weights.choose_(trainer, pl_module, stage)
 
@@ -257,6 +260,12 @@ class JudgedStages(pl.Callback):
         self.judge.load_state_dict(state_dict)
 
 
+def write_curriculum(trainer: pl.Trainer) -> None:
+    """Write `curriculum.json` as the plan is now, on rank 0."""
+    if trainer.is_global_zero and not is_try(trainer):
+        write_json(run_dir(trainer) / "curriculum.json", data_of(trainer).curriculum())
+
+
 def judge_settings(trainer: pl.Trainer) -> dict[str, Any]:
     """What the run's StageTransition judges validations by: plain values."""
-    return next((c.judge.settings() for c in trainer.callbacks if isinstance(c, JudgedStages)), {})
+    return next((c.judge.settings() for c in callbacks_of(trainer) if isinstance(c, JudgedStages)), {})

@@ -15,18 +15,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from sdpo_lightning.attention import packed_rows
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.data.curriculum import stage_of_epoch
-from sdpo_lightning.export import run_dir
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.files import write_json
 from sdpo_lightning.likelihood import LikelihoodGuard
+from sdpo_lightning.logp_tables import read_table, score_pairs, write_table
 from sdpo_lightning.logs import MetricsLog
 from sdpo_lightning.matrix import matrix_rows, merged
 from sdpo_lightning.ranks import from_first_rank
-from sdpo_lightning.reference import read_table, score_pairs, write_table
+from sdpo_lightning.run_parts import StageModule, callbacks_of, run_dir, stage_module
 from sdpo_lightning.run_state import has_last_model, is_complete, leaves_files
 from sdpo_lightning.sampling import Message, chosen_prompts, end_tokens, left_padded, until_end
 from sdpo_lightning.scoring import numerics
@@ -45,29 +46,32 @@ class StageModels(pl.Callback, ABC):
     file_name: str
 
     @abstractmethod
-    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+    def look_at(self, trainer: pl.Trainer, pl_module: StageModule, index: int) -> None:
         """The policy is M_index. All ranks call it."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """On the first batch of stage t: M_{t-1}."""
+        pl_module = stage_module(pl_module)
         if batch_idx or not leaves_files(trainer):
             return
-        stage = stage_of_epoch(trainer.datamodule.stages(), trainer.current_epoch)
+        stage = stage_of_epoch(data_of(trainer).stages(), trainer.current_epoch)
         if trainer.current_epoch == stage.first_epoch:
             self.look_at(trainer, pl_module, stage.index - 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """M_T, if the plan is complete."""
+        pl_module = stage_module(pl_module)
         if leaves_files(trainer) and is_complete(trainer) and trainer.is_last_batch:
-            self.look_at(trainer, pl_module, len(trainer.datamodule.stages()))
+            self.look_at(trainer, pl_module, len(data_of(trainer).stages()))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """M_T of a run that had ended before it was looked at."""
+        pl_module = stage_module(pl_module)
         if not has_last_model(trainer, pl_module):
             return
-        last = len(trainer.datamodule.stages())
+        last = len(data_of(trainer).stages())
         if from_first_rank(lambda: all(row["model"] != last for row in self.rows(trainer))):
             self.look_at(trainer, pl_module, last)
 
@@ -101,31 +105,31 @@ class StageEvaluation(StageModels):
         self.pairs_per_source = pairs_per_source
         self._key: tuple[list[int], str] | None = None
 
-    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+    def look_at(self, trainer: pl.Trainer, pl_module: StageModule, index: int) -> None:
         """Score by M_index, and write its rows."""
-        reports = trainer.datamodule.reports.values()
+        reports = data_of(trainer).reports.values()
         ids = [i for report in reports for i in report.val_ids[: self.pairs_per_source]]
         if not ids or not trainer.limit_val_batches:
             return
         # The ranking has scored them.
         known = pl_module.m0_logps if index == 0 else None
-        batches, title = trainer.datamodule.batches(ids), f"held-out pairs by M_{index}"
-        table = score_pairs(pl_module.policy, batches, pl_module.score, known, title)
+        batches, title = data_of(trainer).batches(ids), f"held-out pairs by M_{index}"
+        table = score_pairs(pl_module.trained, batches, pl_module.score, known, title)
         from_first_rank(lambda: self._write_table(trainer, pl_module, index, ids, table))
 
     def _write_table(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, ids: list[int], table: LogpTable
+        self, trainer: pl.Trainer, pl_module: StageModule, index: int, ids: list[int], table: LogpTable
     ) -> None:
         if self._key is None or self._key[0] != ids:
-            self._key = ids, f"{trainer.datamodule.store.digest(ids)} {numerics(trainer, pl_module)}"
+            self._key = ids, f"{data_of(trainer).store.digest(ids)} {numerics(trainer, pl_module)}"
         key = self._key[1]
         write_table(_table_path(trainer, index), table, key)
         m0, before = (read_table(_table_path(trainer, t), key) if index else None for t in (0, index - 1))
-        rows = matrix_rows(index, table, trainer.datamodule.source_of, m0, before)
+        rows = matrix_rows(index, table, data_of(trainer).source_of, m0, before)
         self.write(trainer, rows)
-        guards = [callback for callback in trainer.callbacks if isinstance(callback, LikelihoodGuard)]
+        guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, LikelihoodGuard)]
         if index and guards:
-            stage = trainer.datamodule.stages()[index - 1]
+            stage = data_of(trainer).stages()[index - 1]
             m0_rows = [row for row in self.rows(trainer) if row["model"] == 0]
             guards[0].judge_held_out(pl_module, stage, rows, m0_rows)
 
@@ -155,7 +159,7 @@ class StageSamples(StageModels):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
 
-    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+    def look_at(self, trainer: pl.Trainer, pl_module: StageModule, index: int) -> None:
         """Generate by M_index on rank 0. What goes wrong there is only a warning: it is no part of training."""
         if sharding_of(trainer.strategy) is not None:
             if index == 0 and self.prompts != []:
@@ -164,7 +168,7 @@ class StageSamples(StageModels):
         if not trainer.is_global_zero:
             return
         try:
-            prompts = chosen_prompts(trainer.datamodule, self.prompts, self.default_count)
+            prompts = chosen_prompts(data_of(trainer), self.prompts, self.default_count)
             if prompts:
                 self.write(trainer, self._rows(trainer, pl_module, index, prompts))
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
@@ -173,11 +177,11 @@ class StageSamples(StageModels):
     def _rows(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: StageModule,
         index: int,
         prompts: list[tuple[str | None, list[int]]],
     ) -> list[dict[str, Any]]:
-        tokenizer = trainer.datamodule.tokenizer
+        tokenizer = data_of(trainer).tokenizer
         rows = []
         for (source, ids), answer in zip(prompts, self._answers(trainer, pl_module, prompts), strict=True):
             texts = tokenizer.decode(ids), tokenizer.decode(answer, skip_special_tokens=True)
@@ -187,15 +191,16 @@ class StageSamples(StageModels):
         return rows
 
     def _answers(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prompts: list[tuple[str | None, list[int]]]
+        self, trainer: pl.Trainer, pl_module: StageModule, prompts: list[tuple[str | None, list[int]]]
     ) -> list[list[int]]:
-        policy, data = pl_module.policy, trainer.datamodule
+        policy, data = pl_module.trained, data_of(trainer)
         model, pad = policy.model, data.pad_token_id
         rows, mask = left_padded([ids for _, ids in prompts], pad, pl_module.device)
         ends = end_tokens(model, data.tokenizer)
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad
         )
+        assert isinstance(model, GenerationMixin)
         was_training = policy.training
         policy.eval()
         try:
@@ -213,15 +218,15 @@ class StageTable(StageModels):
     # Read only.
     file_name = StageEvaluation.file_name
 
-    def look_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int) -> None:
+    def look_at(self, trainer: pl.Trainer, pl_module: StageModule, index: int) -> None:
         """After stage t = `index`, on rank 0. The held-out pairs are what `StageEvaluation` has just measured."""
         record = pl_module.record
         if not trainer.is_global_zero or index == 0 or index not in record.folders:
             return
-        logs = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsLog))
+        logs = next(callback for callback in callbacks_of(trainer) if isinstance(callback, MetricsLog))
         summary = asdict(logs.summaries[index]) if index in logs.summaries else {}
         rows = [row for row in self.rows(trainer) if row["model"] == index]
-        count, place = len(trainer.datamodule.stages()), (record.folders[index], record.digests[index])
+        count, place = len(data_of(trainer).stages()), (record.folders[index], record.digests[index])
         bar = shown_bar(trainer)
         if bar is None:
             log.info("%s", stage_line(index, count, summary, rows, *place))

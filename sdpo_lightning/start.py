@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from sdpo_lightning.checkpoint_files import find_checkpoint, problem_of
 from sdpo_lightning.fork import Fork
@@ -26,7 +26,7 @@ def checkpoint_to_go_on_from(run_dir: Path, given: str | None, resume: str) -> s
         ConfigurationError: the run is in use, or `never` in a folder that isn't empty.
         ResumeError: the checkpoint, or each one of the run, is damaged.
     """
-    if rank_zero_only.rank == 0:
+    if _is_first():
         check_free(run_dir)
     if given is not None:
         if problem := problem_of(Path(given), required=False):
@@ -36,9 +36,14 @@ def checkpoint_to_go_on_from(run_dir: Path, given: str | None, resume: str) -> s
         # Lightning's own way, for jobs that requeue themselves.
         return None
     found = find_checkpoint(run_dir, resume)
-    if found is not None and rank_zero_only.rank == 0:
+    if found is not None and _is_first():
         print(f"going on from {found}")
     return None if found is None else str(found)
+
+
+def _is_first() -> bool:
+    """Before there are process groups: by the launcher's variables, as Lightning has read them."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def fork_to_begin(run: str | None, from_stage: int | None, run_dir: Path) -> Fork | None:

@@ -50,7 +50,7 @@ class StopRequest:
             signal.signal(number, self._hear)
 
     def is_heard(self) -> bool:
-        """Whether the handlers have been installed by `listening` and are ours or Lightning's around ours."""
+        """Whether our handlers are in place: within `listening`, unless somebody has put others over them."""
         return signal.getsignal(signal.SIGINT) == self._hear
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -7,14 +7,15 @@ node and repeats that on every node.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 
 from sdpo_lightning.adapters import check_checkpoint
@@ -41,7 +43,7 @@ class ShardedPrecision(Precision):
 
     precision: Literal["bf16-mixed"] = "bf16-mixed"
 
-    def forward_context(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager[None]:
         """Nothing: the gathered weights are bf16 already."""
         return nullcontext()
 
@@ -101,7 +103,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`trainer.strategy`: {self.world_size} ranks don't divide into {replicas} replicas; change `replicas`"
             )
         device = self.root_device
-        shape, names = ((self.world_size,), ("shard",))
+        shape: tuple[int, ...] = (self.world_size,)
+        names: tuple[str, ...] = ("shard",)
         if replicas > 1:
             shape, names = ((replicas, self.world_size // replicas), ("replicate", "shard"))
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -138,8 +141,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         error = None
         try:
             save_shards_atomically(shards, rest, path)
-        except OSError as found:
-            error = found
+        except OSError as failed:
+            error = failed
         for found in from_every_rank(error):
             if found is not None:
                 raise found
@@ -169,26 +172,28 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         metadata = torch.load(path / META, map_location="cpu", weights_only=True)
         check_shards(path)
-        held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        module = self.lightning_module
+        held = FileSystemReader(path).read_metadata().state_dict_metadata
+        # A DPOLitModule, which stands in a rank above.
+        module: Any = self.lightning_module
+        assert self.model is not None
         names = [n.removeprefix("state_dict.") for n in held if n.startswith("state_dict.")]
         # Before any tensor is read: other adapters have other shapes.
         check_checkpoint(metadata | {"state_dict": names}, module.policy, module.lora, module.quantization)
         # Frozen weights are not in it.
         weights = {n: w for n, w in get_model_state_dict(self.model).items() if f"state_dict.{n}" in held}
         state = {"state_dict": weights}
-        dcp.load(state, checkpoint_id=path, planner=PlainPlanner())
-        strict = self.lightning_module.strict_loading
+        load(state, checkpoint_id=path, planner=PlainPlanner())
+        strict = module.strict_loading
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=strict))
         self._restoring = path
         return metadata | state | {"optimizer_states": []}
 
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read the optimizer's shards of the checkpoint that `load_checkpoint` has opened."""
-        assert self._restoring is not None, "no checkpoint is open"
+        assert self._restoring is not None and self.model is not None, "no checkpoint is open"
         for number, optimizer in enumerate(self.optimizers):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=self._restoring, planner=PlainPlanner())
+            load(state, checkpoint_id=self._restoring, planner=PlainPlanner())
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
 
 

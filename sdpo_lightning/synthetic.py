@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as Fast
 
 Row = dict[str, str]
 
@@ -44,7 +45,7 @@ _READERS = ("neighbours", "pupils", "sailors", "farmers", "tourists", "bakers", 
 # A topic and its rival are neighbours: (foxes, hens), (rivers, deserts), ...
 _TOPICS = ("foxes", "hens", "rivers", "deserts", "violins", "drums", "apples", "onions")
 _TIMES = ("today", "tonight", "tomorrow", "soon", "again", "briefly", "slowly", "twice")
-_FILLERS = ("well", "just", "really", "often", "perhaps", "still")
+_FILLERS: tuple[str, ...] = ("well", "just", "really", "often", "perhaps", "still")
 _FILLERS += ("mostly", "rather", "almost", "quite", "never", "simply")
 _POLITE, _RUDE = ("sure", "gladly"), ("ugh", "listen")
 _WARM, _COLD = ("cheers", "goodbye"), ("whatever", "enough")
@@ -135,7 +136,7 @@ def write_inputs(
 
 def train_sft(
     seed: int, steps: int = 400, batch_size: int = 128
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+) -> tuple[LlamaForCausalLM, Fast]:
     """Train M_0 from scratch on the SFT distribution; the global random state stays as it was.
 
     Args:
@@ -168,7 +169,7 @@ def train_sft(
 @torch.no_grad()
 def preference_rate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     source: str,
     samples: int = 4,
@@ -200,7 +201,7 @@ def preference_rate(
 
 @torch.no_grad()
 def held_out_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
 ) -> tuple[float, float]:
     """Reference-free accuracy: share of pairs with gamma > 0, ties counted 1/2.
 
@@ -259,16 +260,16 @@ def _draw_answer(rng: random.Random, prompt: str, fixed: dict[str, bool]) -> str
     return f" {opening} {first} {named} {second} {third} {closing}"
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
+def _build_tokenizer() -> Fast:
     words = [_PAD, _BOS, _EOS, _UNK, "tell", "about", ":", *_MOODS, *_READERS, *_TIMES, *_TOPICS, *_FILLERS]
     words += [*_POLITE, *_RUDE, *_WARM, *_COLD]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": _PAD, "bos_token": _BOS, "eos_token": _EOS, "unk_token": _UNK}
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=_MAX_LENGTH, **special)
+    return Fast(tokenizer_object=core, model_max_length=_MAX_LENGTH, **special)
 
 
-def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def _build_model(tokenizer: Fast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -291,7 +292,7 @@ def _build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _answer_logps(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], answers: Sequence[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
 ) -> Tensor:
     """Logps `[B]` (nats) of answers given their prompts, summed over the answer's tokens and EOS."""
     prompt_ids = tokenizer(list(prompts))["input_ids"]
@@ -306,7 +307,7 @@ def _answer_logps(
 
 
 def _sample_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], seed: int
 ) -> list[str]:
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
     ids, mask = batch["input_ids"], batch["attention_mask"]

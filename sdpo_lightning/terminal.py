@@ -49,13 +49,14 @@ def _rich_opener(bar: RichProgressBar) -> OpenBar:
     def open_bar(title: str, total: int | None) -> Iterator[Callable[[], None]]:
         from rich.progress import Progress
 
-        if bar.progress is not None and bar.progress.live.is_started:
+        shown = bar.progress
+        if shown is not None and shown.live.is_started:
             # A line of Lightning's own display: two displays would write over each other.
-            task = bar.progress.add_task(title, total=total)
+            task = shown.add_task(title, total=total)
             try:
-                yield lambda: bar.progress.advance(task)
+                yield lambda: shown.advance(task)
             finally:
-                bar.progress.remove_task(task)
+                shown.remove_task(task)
             return
         with Progress(transient=True) as progress:
             own = progress.add_task(title, total=total)

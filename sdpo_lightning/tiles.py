@@ -15,7 +15,7 @@ from torch import Tensor
 # Most keys that a segment may see here; beyond, what is kept would outgrow the other activations.
 MAX_KEYS = 512
 # Queries at once: their scores over all heads of a small model stay in a core's cache.
-_TILE = 64
+TILE = 64
 
 
 def tiled_attention(
@@ -118,8 +118,8 @@ def _add_visible(total: Tensor, part: Tensor, segment: tuple[int, int, int, int]
 def _tiles(segment: tuple[int, int, int, int]) -> list[tuple[slice, int]]:
     """Rows of each tile, and how many keys its last query sees."""
     start, end, prefix_start, prefix_end = segment
-    starts = range(start, end, _TILE)
-    ends = [min(first + _TILE, end) for first in starts]
+    starts = range(start, end, TILE)
+    ends = [min(first + TILE, end) for first in starts]
     prefix = prefix_end - prefix_start
     return [(slice(first, last), prefix + last - start) for first, last in zip(starts, ends, strict=True)]
 

@@ -563,3 +563,13 @@ def test_two_ranks_equal_one_that_accumulates(tmp_path, tiny_model_dir, sources)
             torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
     two, one = (metrics(tmp_path / name) for name in ("two", "one"))
     assert [row["train/pairs_seen"] for row in two] == [row["train/pairs_seen"] for row in one]
+
+
+def test_one_micro_batch_is_not_all_of_them_on_resume(tmp_path, tiny_model_dir, sources):
+    trainer_args = {"limit_train_batches": 1, "max_steps": 1}
+    fit(tmp_path, tiny_model_dir, sources[1:2], trainer_args=trainer_args, epochs_per_stage=2)
+    [path] = (tmp_path / "checkpoints").glob("*.ckpt")
+    # In Python 1 == 1.0, but the one is a number and the other a share.
+    said = "1 micro-batches a pass -> 100 % of a pass"
+    with pytest.raises(ResumeError, match=said):
+        fit(tmp_path, tiny_model_dir, sources[1:2], ckpt_path=path, epochs_per_stage=2)

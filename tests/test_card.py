@@ -45,6 +45,7 @@ def test_what_a_card_says():
     for text in ("M_1 of 2", "`" + "d" * 64 + "`", "S, weights' sha256 `" + "0" * 64, "arXiv:2403.19270", "0.5000"):
         assert text in card.text
     assert "- `model.beta`: 0.1" in card.text
+    assert "ended before its plan" not in card.text
 
 
 def test_a_secret_is_hidden():

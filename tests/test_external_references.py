@@ -10,6 +10,7 @@ import torch
 from helpers import make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses, reproducible
 from safetensors.torch import load_file
+from templates import tokenizer_of
 from test_references import LN2, LORA, check_every_checkpoint, dpo, first_losses, forked, logps_of, sequence_logps
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -262,6 +263,21 @@ def test_messages_are_rendered_by_its_own_template(tmp_path, tiny_model_dir, for
             expected.append(logps[0, start - 1 : -1].gather(1, ids[0, start:, None]).sum())
     _, found = table(tmp_path / "run")
     assert torch.allclose(found, torch.stack(expected).view(-1, 2), rtol=1e-5, atol=1e-4)
+
+
+def test_calls_and_thoughts_reach_its_template(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = {
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+        "rejected": [{"role": "assistant", "content": "it is 3", "reasoning_content": "hm"}],
+    }
+    source = PreferenceSource("a", str(write_jsonl(tmp_path / "a.jsonl", [row])))
+    theirs = tokenizer_of("qwen3")
+    [pair] = ForeignRows([source], "drop", theirs, "foreign", None, "<eos>").store([0]).get([0])
+    expected = PairTokenizer(theirs, 999)(*(row[side] for side in ("prompt", "chosen", "rejected")))
+    assert (pair.chosen_ids, pair.rejected_ids) == (expected.chosen_ids, expected.rejected_ids)
+    assert '"arguments": {"a": 1}' in theirs.decode(pair.chosen_ids) and "hm" in theirs.decode(pair.rejected_ids)
 
 
 def test_each_side_ends_once_in_its_own_way(tmp_path, tiny_tokenizer, foreign):

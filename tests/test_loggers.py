@@ -1,14 +1,17 @@
-"""Lightning's loggers by class_path: the same names and values as in CSVLogger's file."""
+"""Lightning's loggers by class_path: the same names and values as in CSVLogger's file; and what callbacks find."""
 
 from __future__ import annotations
 
 import csv
 import json
 
+import lightning.pytorch as pl
 import pytest
 from helpers import make_rows, write_jsonl
-from runs import metrics
+from lightning.pytorch.loggers import CSVLogger
+from runs import fit, metrics
 
+from sdpo_lightning import PreferenceSource
 from sdpo_lightning.cli import main
 
 
@@ -61,3 +64,32 @@ def test_tensorboard_has_the_names_and_values_of_csv(tmp_path, tiny_model_dir):
     assert ours - {"step"} <= names
     losses = [float(row["train/loss"]) for row in metrics(tmp_path / "run")]
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses, rel=1e-5)
+
+
+class Reads(pl.Callback):
+    """What a callback finds once a step is over, as one with a `monitor` does."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step:
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer, pl_module):
+        self.found.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize("logs", [False, True])
+def test_callbacks_find_every_step_with_a_logger_or_without(tmp_path, tiny_model_dir, logs):
+    sources = [PreferenceSource(n, str(write_jsonl(tmp_path / f"{n}.jsonl", make_rows(6, 0, n)))) for n in "ab"]
+    reads = Reads()
+    logger = CSVLogger(tmp_path) if logs else False
+    fit(tmp_path / "run", tiny_model_dir, sources, callbacks=[reads], trainer_args={"logger": logger})
+    rows = metrics(tmp_path / "run")
+    # 2 stages of 6 pairs, 2 a step.
+    assert len(rows) == len(reads.found) == 6
+    for row, found in zip(rows, reads.found, strict=True):
+        given = {name: float(value) for name, value in row.items() if value and name != "step"}
+        assert {"train/loss", "train/rewards/margins", "train/lr", "stage/index"} < given.keys() == found.keys()
+        assert found == pytest.approx(given, rel=1e-6)

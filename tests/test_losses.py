@@ -261,10 +261,18 @@ def test_a_warmup_as_long_as_the_stage_divides_by_nothing(name, num_steps, warmu
 
 
 @pytest.mark.parametrize(
-    "num_steps, ratio, expected", [(10, 0.0, 0), (10, 0.1, 1), (25, 0.1, 3), (1, 0.1, 1), (7, 1.0, 7)]
+    "num_steps, ratio, expected", [(10, 0.0, 0), (10, 0.1, 1), (25, 0.1, 3), (2, 1.0, 2), (7, 1.0, 7)]
 )
 def test_warmup_steps_round_up(num_steps, ratio, expected):
     assert warmup_steps(num_steps, ratio) == expected
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10])
+def test_the_last_step_of_a_stage_trains(name, ratio, num_steps):
+    factors = [learning_rate_factor(name, k, num_steps, warmup_steps(num_steps, ratio)) for k in range(num_steps)]
+    assert factors[-1] > 0
 
 
 # ---- the fused head

@@ -95,6 +95,13 @@ def test_what_is_missing_is_said_and_left_out(run, tmp_path):
     assert 'id="ranking"' in page and 'id="loss"' not in page
 
 
+@pytest.mark.parametrize("cut", ["3,1,0.", "3,1,2e-", "3,", ""])
+def test_a_row_that_is_being_written_is_left_out(tmp_path, cut):
+    (tmp_path / "metrics.csv").write_text(f"step,stage/index,train/loss\n1,1,0.5\n2,1,0.25\n{cut}")
+    steps = read_run(tmp_path).steps
+    assert steps == [{"step": n, "stage/index": 1, "train/loss": loss} for n, loss in ((1, 0.5), (2, 0.25))]
+
+
 def test_the_verb_writes_the_page_and_pngs(run, capsys):
     pytest.importorskip("matplotlib")
     main(["report", str(run)])

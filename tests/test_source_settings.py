@@ -22,6 +22,7 @@ from sdpo_lightning import CachedReference, PreferenceSource
 from sdpo_lightning.contamination import ContaminationGuard
 from sdpo_lightning.data.collate import PaddedCollator
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.rated import MOST_ANSWERS, choose_pairs, pair_number, scores_of, values_of
 from sdpo_lightning.data.rows import VAL_FIRST_ROW, pair_id_of, row_number
 from sdpo_lightning.data.selection import sampled
@@ -369,8 +370,7 @@ def test_repeats_make_no_pair_look_memorised_twice() -> None:
     batch = SimpleNamespace(pair_id=torch.tensor([0, 1]), weights=torch.tensor([3.0, 3.0]))
     found = []
     for repeat in (1, 2):
-        sources = [SimpleNamespace(repeat=repeat)]
-        trainer = SimpleNamespace(datamodule=SimpleNamespace(sources=sources))
+        trainer = SimpleNamespace(datamodule=PairLists([SimpleNamespace(name="a", repeat=repeat)], None, 0, []))
         module = SimpleNamespace(m0_logps=table, last_logps=(None, reference), trainer=trainer)
         guard = ContaminationGuard()
         for _ in range(repeat):

@@ -148,6 +148,8 @@ def test_each_stage_ends_where_its_rule_fires(tmp_path, tiny_model_dir, sources,
         ("done", 3, (3,), 6), ("done", 6, (3,), 6)
     ]
     assert "val/{source}/loss is no better than" in ledger.stages[0].end.reason
+    card = (tmp_path / "stages" / "01-a" / "README.md").read_text()
+    assert f"| ended before its plan | after 3 steps, 6 pairs: {ledger.stages[0].end.reason} |" in card
     assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["01-a", "02-b"]
     stages = json.loads((tmp_path / "curriculum.json").read_text())["stages"]
     assert [stage["steps"] for stage in stages] == [3, 3]

@@ -30,8 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from sdpo_lightning.data import collate, messages, rated, records, rows, selection, turns
 from sdpo_lightning.data import sources as reading
 from sdpo_lightning.data.collate import PairTokenizer
+from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.records import load_dataset, local_path
-from sdpo_lightning.data.sources import PreferenceSource, origin_of
+from sdpo_lightning.data.sources import origin_of
+from sdpo_lightning.files import file_digest
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -101,11 +103,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _path_digest(source: PreferenceSource, path: str, val_path: str | None) -> Any:
     local = local_path(path)
     if local is None:
@@ -114,8 +111,8 @@ def _path_digest(source: PreferenceSource, path: str, val_path: str | None) -> A
     try:
         if local.is_dir():
             files = sorted(file for file in local.rglob("*") if file.is_file())
-            return [(str(file.relative_to(local)), _file_digest(file)) for file in files]
-        return _file_digest(local)
+            return [(str(file.relative_to(local)), file_digest(file)) for file in files]
+        return file_digest(local)
     except OSError as error:
         # Reading it for good says why in full.
         return type(error).__name__
@@ -130,7 +127,7 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(file) for file in tokenizer.save_vocabulary(folder)]
-            core = [sorted(tokenizer.get_vocab().items()), [_file_digest(file) for file in files]]
+            core = [sorted(tokenizer.get_vocab().items()), [file_digest(file) for file in files]]
     given = {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path" and not k.endswith("_file")}
     plain = {key: value for key, value in given.items() if isinstance(value, str | bool | int | None)}
     added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
@@ -188,7 +185,7 @@ def cached_folder(key: str, build: Callable[[Path], dict[str, Any]]) -> Path:
         return folder
     with _staging(root, key) as staging:
         content = build(staging)
-        files = {file.name: _file_digest(file) for file in sorted(staging.iterdir())}
+        files = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
         body = {"key": key, "files": files, "content": content}
         (staging / _CONTENT).write_text(json.dumps(body | {"digest": _digest(body)}))
         return _publish(staging, staging.parent / key, key)
@@ -205,7 +202,7 @@ def _is_whole(folder: Path, key: str) -> bool:
         body = json.loads((folder / _CONTENT).read_text())
         stated = body.pop("digest")
         intact = stated == _digest(body) and body["key"] == key
-        return intact and all(_file_digest(folder / name) == digest for name, digest in body["files"].items())
+        return intact and all(file_digest(folder / name) == digest for name, digest in body["files"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 

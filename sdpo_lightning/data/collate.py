@@ -160,14 +160,18 @@ def tokenize_pair(
         text of a control token in an answer would end it), `refused_by_template` (roles that it doesn't take),
         `unclear_turns` (which ids are whose can't be told).
     """
-    spans, unrendered = ((), ()), ()
+    spans: Sequence[Spans] = ((), ())
+    unrendered: tuple[str, ...] = ()
+    sides: Sequence[list[int]]
     if isinstance(prompt, str):
+        assert isinstance(chosen, str) and isinstance(rejected, str), "rows have one form"
         eos = tokenizer.tokenizer.eos_token
         if any(tokenizer._holds_special(side.removesuffix(eos)) for side in (chosen, rejected)):
             return "special_token_in_text"
         prompt_ids = tokenizer._string_ids(prompt)
         sides = [tokenizer._completed_ids(prompt + tokenizer._with_eos(side)) for side in (chosen, rejected)]
     else:
+        assert not isinstance(chosen, str) and not isinstance(rejected, str), "rows have one form"
         if any(tokenizer._holds_special(text) for text in (prompt, chosen, rejected, extras)):
             return "special_token_in_text"
         try:

@@ -308,7 +308,7 @@ def check_epochs(setting: int | Mapping[str, int], names: Sequence[str], mergeab
 
 
 def compare_plans(saved: Mapping[str, object], given: Mapping[str, object]) -> None:
-    """Refuse to resume under another plan.
+    """Refuse to resume under another plan. 1 and 1.0 are the same value: the type of a number says nothing here.
 
     Raises:
         ResumeError: listing `key: saved -> given`.

@@ -28,7 +28,7 @@ from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
 from sdpo_lightning.data.plan import ChangedRowsRule, DataPlan, row_hashes
-from sdpo_lightning.data.prepare import Preparation, hold_out, load_tokenizer, prepare_sources
+from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
 from sdpo_lightning.data.ranked_again import check_ranked_by, rank_again
 from sdpo_lightning.data.ranking import order_of_length, rank_sources
 from sdpo_lightning.data.reordering import score_by_id
@@ -38,6 +38,7 @@ from sdpo_lightning.data.survey import OverlapRule, act_on, survey
 from sdpo_lightning.data.tokenizing import check_processes
 from sdpo_lightning.exactness import COLLATORS, LayoutName
 from sdpo_lightning.ranks import from_first_rank, side_by_side
+from sdpo_lightning.run_parts import stage_module
 from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
 
 
@@ -121,16 +122,16 @@ class CurriculumDataModule(PairLists):
         pair_sources: list[PairSource] | None = None,
     ) -> None:
         names = [source.name for source in sources]
-        self.made = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
+        self.made: MadePairs = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
         super().__init__(sources, rank_sample, seed, self.made.names)
-        groups = stages or [[name] for name in names]
-        own = stage_settings or {}
+        groups, own = stages or [[name] for name in names], stage_settings or {}
         passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by, self.made.names)
         self.staging = Staging(names, groups, partition, order, *passes)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
         self.difficulty = difficulty
         self.difficulty_reference = difficulty_reference
-        self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed, pacing)
+        rows = (batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed, pacing)
+        self.batching: Batching = Batching(*rows)
         self.max_length = max_length
         self.layout: LayoutName = layout
         self.on_bad_row = on_bad_row
@@ -160,7 +161,7 @@ class CurriculumDataModule(PairLists):
         assert trainer is not None, "`setup` runs within a Trainer"
         find_difficulty(self.difficulty)
         self.made.check(trainer)
-        model = trainer.lightning_module.model_name_or_path
+        model = stage_module(trainer.lightning_module).model_name_or_path
         self.tokenizer = side_by_side(lambda: load_tokenizer(self.tokenizer_name or model))
         tokenize = PairTokenizer(self.tokenizer, self.max_length, self.on_long_prompt)
         place = (trainer.node_rank, trainer.local_rank, trainer.num_devices)
@@ -169,7 +170,7 @@ class CurriculumDataModule(PairLists):
         hold_out(reports, self.val_fraction, self.seed)
         if stage == "fit":
             act_on(from_first_rank(lambda: survey(parts, reports, self.on_val_overlap)))
-        self.reports = {report.name: report for report in reports}
+        self.reports: dict[str, SourceReport] = {report.name: report for report in reports}
         self.store = PairStore(parts)
         self._row_scores = self.staging.row_scores(self.store.numbers, self.source_ids())
         self.pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
@@ -192,7 +193,7 @@ class CurriculumDataModule(PairLists):
             m0: logps of M_0 for the ranked pairs; None where no order is asked for.
             reference: of `difficulty_reference`, for the same pairs.
         """
-        scores: dict[str, Tensor] = {}
+        scores: Mapping[str, Tensor] = {}
         if m0 is not None:
             scores = rank_sources(list(self.reports.values()), self.ranked_ids(), self.pair_scores, m0, reference)
         scores = self._row_scores or scores
@@ -260,6 +261,7 @@ class CurriculumDataModule(PairLists):
         assert self.trainer is not None
         stage = stage_of_epoch(self.stages(), self.trainer.current_epoch)
         if self.staging.ranked_by == "previous" and stage.index > self._decided:
+            assert self._chunks is not None
             self._chunks, decision = rank_again(self.trainer, self._chunks, stage.index)
             self._decided, self._decisions = stage.index, [*self._decisions, decision]
             stage = self.stages()[stage.index - 1]
@@ -295,13 +297,14 @@ class CurriculumDataModule(PairLists):
         """The decided chunks and the scores behind them, as plain values and tensors."""
         chunks, plan = self._chunks or [], self.plan()
         assert self.trainer is not None
+        entered = stage_module(self.trainer.lightning_module).record.entered
         return {
             "plan": plan.values(),
             "rows": dict(plan.rows),
             "accepted": list(self.accepted),
             "ends": {index: end.row() for index, end in self.ends.items()},
-            "made": self.made.begun([chunk.name for chunk in chunks[: self.trainer.lightning_module.record.entered]]),
-            "entered": self.trainer.lightning_module.record.entered,
+            "made": self.made.begun([chunk.name for chunk in chunks[:entered]]),
+            "entered": entered,
             "layout": type(self.collator).__name__,
             "source_order": list(self.source_order),
             "decided": self._decided,
@@ -315,10 +318,11 @@ class CurriculumDataModule(PairLists):
         """All that decides which pair a step sees."""
         if self._row_hashes is None:
             self._row_hashes = {name: row_hashes(self.store, report) for name, report in self.reports.items()}
-        settings = self._passes(self.collator).settings() | {
+        passes = self._passes(self.collator)
+        settings = passes.settings() | {
             "data.on_long_prompt": self.on_long_prompt,
             "data.pair_sources": self.made.settings(),
-            **self.staging.plan([chunk.name for chunk in self._chunks or ()], self.trainer.world_size),
+            **self.staging.plan([chunk.name for chunk in self._chunks or ()], passes.world_size),
         }
         own = type(self).partition is CurriculumDataModule.partition and not self.made.sources
         by_group = own and self.staging.is_by_source

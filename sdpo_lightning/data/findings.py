@@ -104,8 +104,8 @@ def opposed_pairs(left: PairKeys, right: PairKeys) -> int:
 
 def shared_prompts(left: Iterable[PairKeys], right: Iterable[PairKeys]) -> int:
     """Distinct prompts that stand in both groups."""
-    pooled = [np.concatenate([np.zeros(0, np.int64), *(keys.prompt for keys in side)]) for side in (left, right)]
-    return len(np.intersect1d(*pooled))
+    ours, theirs = (np.concatenate([np.zeros(0, np.int64), *(keys.prompt for keys in side)]) for side in (left, right))
+    return len(np.intersect1d(ours, theirs))
 
 
 def length_line(lengths: np.ndarray) -> str:

@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.data.cache import fingerprints
-from sdpo_lightning.data.collate import PairTokenizer, Text, TokenizedPair
+from sdpo_lightning.data.collate import PairTokenizer, TokenizedPair
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore, StageLoader
+from sdpo_lightning.data.messages import Text, unpack
 from sdpo_lightning.data.rows import VAL_FIRST_ROW
 from sdpo_lightning.data.sources import read_source
 from sdpo_lightning.data.tables import TableWriter
@@ -103,15 +104,17 @@ class ForeignRows:
                 packed = "extras" in read.rows.column_names
                 for row in read.rows:
                     if row["pair_id"] in wanted:
-                        sides = (self._open(row[side]) for side in ("chosen", "rejected"))
-                        yield row["pair_id"], tokenize(row["prompt"], *sides, row["extras"] if packed else "")
+                        sides = ("prompt", "chosen", "rejected")
+                        prompt, chosen, rejected = (unpack(row[side]) if packed else row[side] for side in sides)
+                        extras = row["extras"] if packed else ""
+                        yield row["pair_id"], tokenize(prompt, self._open(chosen), self._open(rejected), extras)
 
     def _open(self, completion: Text) -> Text:
         """Without the policy's end: the other tokenizer adds its own, so each side has one."""
         return completion.removesuffix(self.end_of_turn) if isinstance(completion, str) else completion
 
 
-def _longest(pair: object) -> int:
+def _longest(pair: TokenizedPair) -> int:
     return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 

@@ -76,9 +76,9 @@ class PairStore:
         rows, names = self._row_numbers(pair_ids), self._rows.column_names
         table = self._rows.with_format("arrow")
         nothing = np.full(len(rows), np.nan)
-        scores = (table[name][:].to_numpy()[rows] if name in names else nothing for name in NUMBERS)
+        pair, prompt = (table[name][:].to_numpy()[rows] if name in names else nothing for name in NUMBERS)
         keys = table["prompt_key"][:].to_numpy()[rows] if "prompt_key" in names else rows
-        return PairNumbers(*(column.astype(np.float64) for column in scores), keys)
+        return PairNumbers(pair.astype(np.float64), prompt.astype(np.float64), keys)
 
     def get(self, pair_ids: Sequence[int]) -> list[TokenizedPair]:
         """The pairs of the given ids, in that order."""
@@ -87,7 +87,10 @@ class PairStore:
         if not self._has_spans:
             return [TokenizedPair(*three) for three in ids]
         spans = zip(*(map(_pairs_of, rows[name]) for name in _SPANS), strict=True)
-        return [TokenizedPair(*three, (), *two) for three, two in zip(ids, spans, strict=True)]
+        return [
+            TokenizedPair(prompt, chosen, rejected, (), *unscored)
+            for (prompt, chosen, rejected), unscored in zip(ids, spans, strict=True)
+        ]
 
     def digest(self, pair_ids: Sequence[int]) -> str:
         """sha256 over the tokenised rows in order."""

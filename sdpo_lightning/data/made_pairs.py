@@ -23,12 +23,14 @@ from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.new_pairs import PairSource
+from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.data.prepare import Preparation, build_source
 from sdpo_lightning.failpoints import failpoint
 from sdpo_lightning.files import file_digest, publish, write_json
 from sdpo_lightning.generation_transformers import TransformersGenerator
 from sdpo_lightning.ledger import set_aside
 from sdpo_lightning.random_states import random_states_kept
+from sdpo_lightning.run_parts import stage_module
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.strategy import sharding_of
 from sdpo_lightning.types import Chunk, ConfigurationError, ResumeError, Stage
@@ -143,7 +145,7 @@ class MadePairs:
             ConfigurationError: too few rows.
             ResumeError: the rows of a stage that has begun aren't those that it began with.
         """
-        store: PairStore = trainer.datamodule.store
+        store: PairStore = data_of(trainer).store
         for index, source in enumerate(self.sources, self._first):
             stage = next(stage for stage in stages if stage.name == source.name)
             if stage.index > current.index or source.name in self.digests:
@@ -174,8 +176,8 @@ class _Making:
 
     def make_or_find(self, trainer: pl.Trainer, stage_index: int) -> None:
         """Leave rows that the policy has made by these settings, unless they are there."""
-        policy = trainer.lightning_module.policy
-        tokenizer = trainer.datamodule.tokenizer
+        policy = stage_module(trainer.lightning_module).trained
+        tokenizer = data_of(trainer).tokenizer
         made_with = {
             "model": f"M_{stage_index - 1}",
             "weights_sha256": weights_digest(policy),

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
 from sdpo_lightning.data.messages import Spans
+
+
+class CompletionTensors(TypedDict):
+    """The fields of `PreferenceBatch` that say what is scored."""
+
+    source_index: Tensor
+    target_ids: Tensor
+    sequence_index: Tensor
+    completion_lengths: Tensor
 
 
 class Completions:
@@ -29,7 +40,7 @@ class Completions:
         self._sequences += [sequence] * len(targets)
         self._lengths[sequence] = len(targets)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> CompletionTensors:
         """Fields of `PreferenceBatch`."""
         return {
             "source_index": torch.tensor(self._sources),

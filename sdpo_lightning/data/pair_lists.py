@@ -1,20 +1,72 @@
-"""Rank 5: the half of the data module that looks things up: which pairs are for what, what a stage has of its own."""
+"""Rank 4: the half of the data module that looks things up: which pairs are for what, what a stage has of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from sdpo_lightning.data.collate import PreferenceCollator
 from sdpo_lightning.data.declaration import PreferenceSource
-from sdpo_lightning.data.prepare import SourceReport
+from sdpo_lightning.data.endings import StageEnd
+from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.selection import ranked_ids
 from sdpo_lightning.data.staging import Staging
-from sdpo_lightning.types import Chunk, Stage, StageSettings
+from sdpo_lightning.exactness import LayoutName
+from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
+
+
+class Report(Protocol):
+    """What became of a source; a `SourceReport` is one."""
+
+    name: str
+    dropped: dict[str, int]
+    marks: dict[str, int]
+    train_ids: list[int]
+    val_ids: list[int]
+
+    @property
+    def chunk_ids(self) -> list[int]:
+        """The training pairs as often as they are trained on in a pass."""
+
+
+class Rows(Protocol):
+    """How rows become micro-batches; a `Batching` is one."""
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs per rank and micro-batch."""
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """Of row lengths."""
+
+
+class PairsToCome(Protocol):
+    """Stages whose pairs are made just before them; `MadePairs` are some."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the stages."""
+
+    def name_of(self, index: int) -> str:
+        """Name of the stage whose pairs have that place in their ids."""
+
+
+class Planned(Protocol):
+    """What a resumed run must agree on; a `DataPlan` is one."""
+
+    def values(self) -> dict[str, Any]:
+        """As plain values."""
 
 
 class PairLists(pl.LightningDataModule):
     """Ids of pairs, and the stages by their place. What becomes of the sources is the subclass's.
+
+    So are the attributes that are only declared here, for callbacks, and the methods without a body.
 
     Args:
         sources: the preference data sets.
@@ -24,6 +76,17 @@ class PairLists(pl.LightningDataModule):
     """
 
     staging: Staging
+    store: PairStore
+    collator: PreferenceCollator
+    batching: Rows
+    layout: LayoutName
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    difficulty_reference: str | None
+    on_bad_row: Literal["drop", "error"]
+    made: PairsToCome
+    ends: dict[int, StageEnd]
+    accepted: list[str]
     # Score the sources even where the order doesn't depend on it.
     ranking_requested = False
     _chunks: list[Chunk] | None = None
@@ -36,7 +99,7 @@ class PairLists(pl.LightningDataModule):
         self.rank_sample = rank_sample
         self.seed = seed
         self._names = [*(source.name for source in sources), *made]
-        self.reports: dict[str, SourceReport] = {}
+        self.reports: Mapping[str, Report] = {}
 
     def reference_ids(self, stage: Stage) -> list[int]:
         """Ids of the stage's pairs, each once, and of all held-out pairs."""
@@ -75,6 +138,44 @@ class PairLists(pl.LightningDataModule):
         """Name of the source of a pair, or of the stage that it was made for."""
         return self._names[pair_id >> 40]
 
+    # ---- what the subclass does with them
+
+    def stages(self) -> list[Stage]:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def batches(self, pair_ids: list[int]) -> StageLoader:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def pair_scores(self, logps: PairLogps) -> Tensor:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def rank(self, m0: LogpTable | None, reference: LogpTable | None = None) -> None:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def end_stage(self, stage: Stage, batches: int, reason: str) -> None:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def take_ends(self, ends: Mapping[int, StageEnd]) -> None:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def shortest_epoch(self) -> int:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def curriculum(self) -> dict[str, Any]:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
+    def plan(self) -> Planned:
+        """See `CurriculumDataModule`."""
+        raise NotImplementedError
+
     # ---- stages
 
     @property
@@ -100,3 +201,10 @@ class PairLists(pl.LightningDataModule):
     def needs_ranking(self) -> bool:
         """Whether M_0 has to score the pairs before the chunks are known."""
         return self.staging.needs_ranking or self.ranking_requested
+
+
+def data_of(trainer: pl.Trainer) -> PairLists:
+    """Our data module, which Lightning sets without declaring it."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, PairLists), f"{type(data).__name__} is no CurriculumDataModule"
+    return data

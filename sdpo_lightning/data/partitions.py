@@ -295,7 +295,8 @@ class Replay(Partition):
     def cut(self, groups: Sequence[Sequence[str]], pair_ids: Pairs, scores: Scores, seed: int) -> list[Chunk]:
         """Each pair once in its own chunk, and at most once in each later one."""
         own = chunks_by_source(groups, pair_ids)
-        chunks, earlier = [], []
+        chunks: list[Chunk] = []
+        earlier: list[int] = []
         for number, chunk in enumerate(own):
             wanted = round(self.share / (1 - self.share) * len(chunk.pair_ids))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)

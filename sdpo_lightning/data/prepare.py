@@ -180,7 +180,7 @@ def build_source(index: int, source: PreferenceSource, how: Preparation, folder:
         ConfigurationError: a file that can't be read, or no pairs left.
     """
     train, dropped, left_out, notes = _build_part(index, source, None, how, folder / "train")
-    content = {"name": source.name, "dropped": dropped, "marks": train.marks, "left_out": left_out}
+    content: dict[str, Any] = {"name": source.name, "dropped": dropped, "marks": train.marks, "left_out": left_out}
     content |= {"notes": notes, "parts": [_names(train)]}
     if source.val_path is None:
         return content

@@ -10,10 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from sdpo_lightning.data.pair_lists import PairLists, data_of
 from sdpo_lightning.data.reordering import accuracies, score_by_id
 from sdpo_lightning.data.staging import RankedBy
 from sdpo_lightning.logp_tables import score_pairs
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.run_parts import stage_module
 from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,12 @@ def rank_again(trainer: pl.Trainer, chunks: Sequence[Chunk], index: int) -> tupl
     Raises:
         ConfigurationError: a score that isn't finite, or pairs without one.
     """
-    data, module, decided = trainer.datamodule, trainer.lightning_module, index - 1
+    data, module, decided = data_of(trainer), stage_module(trainer.lightning_module), index - 1
     left = {i for chunk in chunks[decided:] for i in chunk.pair_ids}
     ranked = {name: [i for i in own if i in left] for name, own in zip(data.reports, data.ranked_ids(), strict=True)}
     ids = [i for part in ranked.values() for i in part]
     log.info("stage %d: scoring the %d pairs that are left by M_%d", index, len(ids), decided)
-    table = score_pairs(module.policy, data.batches(ids), module.score)
+    table = score_pairs(module.trained, data.batches(ids), module.score)
 
     # One rank decides: the numerics of another machine might order two pairs the other way.
     found = from_first_rank(lambda: _pair_scores(data, table, ids, decided))
@@ -52,7 +54,7 @@ def rank_again(trainer: pl.Trainer, chunks: Sequence[Chunk], index: int) -> tupl
     return made, {"stage": index, "ranked_by": f"M_{decided}", "pairs": len(ids), "accuracy": rest}
 
 
-def _pair_scores(data: pl.LightningDataModule, table: LogpTable, ids: list[int], decided: int) -> Tensor:
+def _pair_scores(data: PairLists, table: LogpTable, ids: list[int], decided: int) -> Tensor:
     logps, known = table.lookup(torch.tensor(ids))
     assert bool(known.all()), "the pass left pairs out"
     if not bool((logps.chosen.isfinite() & logps.rejected.isfinite()).all()):

@@ -88,8 +88,8 @@ def order_of_length(reports: Sequence[SourceReport]) -> str:
     Args:
         reports: of all sources.
     """
-    accuracies = {report.name: report.reward_accuracy for report in reports}
-    if any(accuracy is None for accuracy in accuracies.values()):
+    accuracies = {r.name: r.reward_accuracy for r in reports if r.reward_accuracy is not None}
+    if len(accuracies) < len(reports):
         return ""
     return length_sentence(easy_to_hard(accuracies), {report.name: report.shorter_chosen for report in reports})
 

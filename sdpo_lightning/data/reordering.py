@@ -18,7 +18,7 @@ def score_by_id(ids: Mapping[str, Sequence[int]], scores: Mapping[str, Tensor]) 
         ids: source name -> ids of its pairs.
         scores: source name -> `[P]` scores of the first P of them; NaN is left out.
     """
-    found = {}
+    found: dict[int, float] = {}
     for name, own in scores.items():
         found |= {i: score for i, score in zip(ids[name], own.tolist(), strict=False) if score == score}
     return found

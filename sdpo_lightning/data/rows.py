@@ -167,7 +167,7 @@ def canonical_rows(record: dict[str, Any] | str, form: Form, explicit: bool) -> 
     if explicit:
         pair = _explicit(text_of(prompt), chosen, rejected)
     else:
-        pair = (_split_strings if isinstance(chosen, str) else _split_messages)(chosen, rejected)
+        pair = _shared(chosen, rejected)
     pair = _with_system(record, form, explicit, *pair)
     _check(*pair)
     return [Row(*pair, 0, "" if isinstance(pair[0], str) else _extras(record, form), _numbers(record, form))]
@@ -177,10 +177,9 @@ def _numbers(record: dict[str, Any], form: Form) -> tuple[float | None, float | 
     """The numbers of a row's columns; of two columns the first less the second."""
     found: list[float | None] = []
     for name in NUMBERS:
-        values = [number_of(record.get(column)) for column in columns_of(form.columns.get(name, ""))]
-        if name not in form.columns:
-            values = []
-        elif None in values:
+        columns = columns_of(form.columns[name]) if name in form.columns else []
+        values = [value for column in columns if (value := number_of(record.get(column))) is not None]
+        if len(values) < len(columns):
             raise BadRow(f"missing_{name}")
         found.append(values[0] - sum(values[1:]) if values else None)
     return found[0], found[1]
@@ -205,8 +204,10 @@ def _rated(record: dict[str, Any], form: Form, prompt: Text) -> list[Row | str]:
     rated = [None if text is None else score for text, score in zip(texts, scores, strict=True)]
     rows: list[Row | str] = []
     for better, worse in choose_pairs(rated, form.rated_pairs, form.min_gap):
+        chosen, rejected = texts[better], texts[worse]
+        assert chosen is not None and rejected is not None, "an answer that isn't there has no score"
         try:
-            pair = _with_system(record, form, True, *_explicit(prompt, texts[better], texts[worse]))
+            pair = _with_system(record, form, True, *_explicit(prompt, chosen, rejected))
             _check(*pair)
             extras = "" if isinstance(pair[0], str) else _extras(record, form)
             gap = (rated[better] or 0.0) - (rated[worse] or 0.0)
@@ -226,7 +227,7 @@ def _answer(text: Text, prompt: Text) -> Text:
 
 
 def _extras(record: dict[str, Any], form: Form) -> str:
-    found = {}
+    found: dict[str, Any] = {}
     for name, kind in zip(_EXTRAS, (list, dict), strict=True):
         value = record.get(form.column(name))
         if isinstance(value, str):
@@ -242,7 +243,7 @@ def _extras(record: dict[str, Any], form: Form) -> str:
 def _explicit(prompt: Text, chosen: Text, rejected: Text) -> Pair:
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("wrong_type")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) or isinstance(rejected, str):
         if not isinstance(prompt, str):
             raise BadRow("wrong_type")
         return prompt, chosen, rejected
@@ -272,6 +273,15 @@ def _with_system(record: dict[str, Any], form: Form, explicit: bool, *pair: Text
     if content.strip() and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": content}, *prompt]
     return prompt, chosen, rejected
+
+
+def _shared(chosen: Text, rejected: Text) -> Pair:
+    """The prompt is what both sides, of one form, begin with."""
+    if isinstance(chosen, str):
+        assert isinstance(rejected, str)
+        return _split_strings(chosen, rejected)
+    assert not isinstance(rejected, str)
+    return _split_messages(chosen, rejected)
 
 
 def _split_strings(chosen: str, rejected: str) -> Pair:
@@ -317,7 +327,8 @@ def _check(prompt: Text, chosen: Text, rejected: Text) -> None:
         if empty:
             raise BadRow(f"empty_{name}")
     if not isinstance(prompt, str):
-        ends = {message["role"] for side in (chosen, rejected) for message in (side[0], side[-1])}
+        sides = [side for side in (chosen, rejected) if not isinstance(side, str)]
+        ends = {message["role"] for side in sides for message in (side[0], side[-1])}
         if prompt[-1]["role"] == "assistant" or ends != {"assistant"}:
             raise BadRow("wrong_roles")
     if chosen == rejected:

@@ -16,7 +16,7 @@ from typing import Literal
 import datasets
 
 from sdpo_lightning.data.declaration import PreferenceSource
-from sdpo_lightning.data.messages import BadRow, is_plain, pack
+from sdpo_lightning.data.messages import BadRow, Text, is_plain, pack
 from sdpo_lightning.data.rated import CANONICAL, NUMBERS
 from sdpo_lightning.data.records import Origin, Table, open_table
 from sdpo_lightning.data.rows import Form, Row, canonical_rows, pair_id_of, row_number
@@ -27,6 +27,7 @@ from sdpo_lightning.types import ConfigurationError
 log = logging.getLogger(__name__)
 
 Note = tuple[int, str]  # level and text of a log line
+
 
 @dataclass
 class SourceRows:
@@ -138,6 +139,7 @@ def read_source(
     if kept.filtered:
         left_out["filter"] = kept.filtered
     if draws:
+        assert source.sample is not None
         whole, count = rows, len(rows)
         rows = copy_rows(whole, sampled(count, source.sample, source.sample_seed), into)
         left_out["sample"] = count - len(rows)
@@ -210,7 +212,7 @@ class _Kept:
         conversational = not isinstance(row.prompt, str)
         if self.writer is not None and conversational != self.conversational:
             raise BadRow("other_form")
-        texts = (row.prompt, row.chosen, row.rejected)
+        texts: tuple[Text, ...] = (row.prompt, row.chosen, row.rejected)
         if self.packed and conversational:
             texts = tuple(map(pack, texts))
         elif row.extras or not all(map(is_plain, texts)):

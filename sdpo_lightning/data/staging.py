@@ -171,7 +171,7 @@ class Staging:
         if isinstance(partition, Partition):
             chunks = partition.cut(groups, pair_ids, scores or {}, self.seed)
             return chunks[::-1] if partition.orders_pairs and self.order == "reversed" else chunks
-        return cut_into_chunks(self.partition, groups, pair_ids, self.seed)
+        return cut_into_chunks(partition, groups, pair_ids, self.seed)
 
     def paced(self, chunks: Sequence[Chunk], scores: Mapping[int, float]) -> list[Chunk]:
         """The chunks with their pairs from easy to hard (with `data.order: reversed` from hard to easy) if paced.

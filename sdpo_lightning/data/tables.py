@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 # Few enough that long texts stay far below Arrow's 2 GiB a string column.
 CHUNK_ROWS = 1000
 
 
-def copy_rows(rows: datasets.Dataset, places: Sequence[int], path: Path | None) -> datasets.Dataset:
+def copy_rows(rows: datasets.Dataset, places: Sequence[int] | np.ndarray, path: Path | None) -> datasets.Dataset:
     """Some of the rows, in memory or as a file of their own.
 
     Args:

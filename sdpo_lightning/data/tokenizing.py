@@ -176,10 +176,9 @@ def tokenize_shard(shard: Shard, progress: Callable[[int], object]) -> Tokenized
     for number, row in enumerate(rows, start=1):
         if number % _TICK_ROWS == 0:
             progress(_TICK_ROWS)
-        texts = (row["prompt"], row["chosen"], row["rejected"])
-        if packed:
-            texts = tuple(map(unpack, texts))
-        pair = shard.tokenize(*texts, row["extras"] if packed else "")
+        sides = ("prompt", "chosen", "rejected")
+        prompt, chosen, rejected = (unpack(row[side]) if packed else row[side] for side in sides)
+        pair = shard.tokenize(prompt, chosen, rejected, row["extras"] if packed else "")
         if isinstance(pair, str):
             result.dropped[pair] = result.dropped.get(pair, 0) + 1
             if shard.stop_at_bad_row or (pair == TOO_LONG and shard.tokenize.on_long_prompt == "error"):
@@ -189,7 +188,7 @@ def tokenize_shard(shard: Shard, progress: Callable[[int], object]) -> Tokenized
         ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         unscored = ([n for run in runs for n in run] for runs in (pair.chosen_unscored, pair.rejected_unscored))
         # Of the messages themselves: the same prompt may stand in another source or file whose rows aren't packed.
-        writer.add((row["pair_id"], *ids, prompt_key(texts[0]), *unscored, *map(row.get, NUMBERS)))
+        writer.add((row["pair_id"], *ids, prompt_key(prompt), *unscored, *map(row.get, NUMBERS)))
         result.pairs += 1
         for mark in pair.marks:
             result.marks[mark] = result.marks.get(mark, 0) + 1

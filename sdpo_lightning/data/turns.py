@@ -153,9 +153,10 @@ class ChatTemplate:
 
     def _text(self, messages: list[Message], tools: list[Any] | None) -> str | None:
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **self._variables)
+            text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **self._variables)
         except Exception:  # a template may fail in any way without what it expects
             return None
+        return text if isinstance(text, str) else None
 
 
 def _worded(messages: list[Message]) -> list[Message]:

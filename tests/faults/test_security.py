@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sdpo_lightning import CurriculumDataModule, DPOLitModule
 from sdpo_lightning.cli import main
 from sdpo_lightning.data.curriculum import stage_plan
+from sdpo_lightning.files import FOLDERS
 from sdpo_lightning.plain_shards import PlainPlanner, check_shards
 from sdpo_lightning.redaction import HIDDEN, HidesSecrets, hide_in_config, hide_in_text
 from sdpo_lightning.types import Chunk, ConfigurationError
@@ -239,7 +240,7 @@ def test_an_own_partition_cannot_leave_the_run_directory(tmp_path, words, capsys
     assert not list(tmp_path.glob("x*")) and not (tmp_path / "run" / "stages").exists()
 
 
-@pytest.mark.parametrize("name", ["stages", "checkpoints", "references"])
+@pytest.mark.parametrize("name", [*FOLDERS, "stale"])
 def test_links_that_leave_the_run_directory_are_refused(tmp_path, words, capsys, name):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
