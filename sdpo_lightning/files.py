@@ -30,7 +30,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Remove what a killed process was writing."""
-    names = ("checkpoints", "stages", "references", "random_states", "new_pairs")
+    names = ("checkpoints", "stages", "references", "random_states", "new_pairs", "report")
     for folder in (run_dir, *(run_dir / name for name in names)):
         for path in folder.glob(".*.tmp"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
