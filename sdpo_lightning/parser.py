@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from functools import reduce
+from operator import or_
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -36,6 +38,19 @@ class OneLineParser(_NamingParser):
         """As jsonargparse's."""
         self.verbs = super().add_subcommands(required, dest)
         return self.verbs
+
+    def whole_numbers_first(self) -> None:
+        """Have `1` read as an int where an int or a float is taken: a number of batches is no share of them.
+
+        `typing` gives an equal union that was made before, so which stands first depends on what was imported.
+        """
+        for action in self._actions:
+            kinds = list(get_args(kind)) if get_origin(kind := getattr(action, "_typehint", None)) is Union else []
+            if {int, float} <= set(kinds) and kinds.index(float) < kinds.index(int):
+                kinds.remove(int)
+                kinds.insert(kinds.index(float), int)
+                # Written with `|`, a union is made anew.
+                action._typehint = reduce(or_, kinds)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting.
