@@ -105,6 +105,8 @@ def environment_with(base: Path, folder: Path, extra: str, packages: Path, *more
     [linked] = (base / "lib").glob("python*/site-packages")
     (site / "linked.pth").write_text(f"{linked}\n")
     [wheel] = packages.glob("*.whl")
+    # Its commands are made here too.
+    install(folder, "--no-deps", "--ignore-installed", str(wheel))
     install(folder, f"{wheel}[{extra}]", *more)
     return folder / "bin"
 
