@@ -28,7 +28,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 # Of a run directory, that hold what the run leaves.
-FOLDERS = ("checkpoints", "stages", "references", "random_states", "new_pairs")
+FOLDERS = ("checkpoints", "stages", "references", "random_states", "new_pairs", "report")
 
 
 def sweep(run_dir: Path) -> None:

@@ -227,4 +227,3 @@ class StageProgress(pl.Callback):
         index = record.reference
         reference = f"{'external' if index < 0 else f'M_{index}'} {record.digests[index][:8]}"
         return f"stage {stage.index}/{len(stages)} {stage.name}, reference {reference}, {left} left for all stages"
-

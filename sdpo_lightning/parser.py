@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from functools import reduce
+from operator import or_
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -38,6 +40,20 @@ class OneLineParser(_NamingParser):
         """As jsonargparse's."""
         self.verbs = super().add_subcommands(required, dest)
         return self.verbs
+
+    def whole_numbers_first(self) -> None:
+        """Have `1` read as an int where an int or a float is taken: a number of batches is no share of them.
+
+        `typing` gives an equal union that was made before, so which stands first depends on what was imported.
+        """
+        for action in self._actions:
+            kind = vars(action).get("_typehint")
+            kinds = list(get_args(kind)) if get_origin(kind) is Union else []
+            if {int, float} <= set(kinds) and kinds.index(float) < kinds.index(int):
+                kinds.remove(int)
+                kinds.insert(kinds.index(float), int)
+                # Written with `|`, a union is made anew.
+                vars(action)["_typehint"] = reduce(or_, kinds)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting.

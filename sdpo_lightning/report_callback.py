@@ -1,4 +1,4 @@
-"""Rank 6: `report.html` at the end of `fit`."""
+"""Rank 6: `report.html` and its PNGs at the end of `fit`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import lightning.pytorch as pl
 
 from sdpo_lightning.files import write_json
-from sdpo_lightning.report_command import report_run
+from sdpo_lightning.report_command import draw_run, report_run
 from sdpo_lightning.run_parts import run_dir, stage_module
 from sdpo_lightning.run_state import has_last_model, leaves_files
 from sdpo_lightning.versions import versions
@@ -18,7 +18,7 @@ _PACKAGES = ("sdpo-lightning", "torch", "lightning", "transformers", "datasets",
 
 
 class RunReport(pl.Callback):
-    """Leaves `versions.json` and, after the last stage, `report.html`. The PNGs are the verb's."""
+    """Leaves `versions.json` and, after the last stage, `report.html`, and PNGs where matplotlib is installed."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down what runs here."""
@@ -33,8 +33,12 @@ class RunReport(pl.Callback):
             # A finished run that was started again: its files stay.
             return
         try:
-            report_run(run_dir(trainer))
+            run = report_run(run_dir(trainer))
         except Exception as error:
             log.warning("no report (`sdpo-lightning report %s` makes it): %s", run_dir(trainer), error)
-        else:
-            log.info("report: %s", run_dir(trainer) / "report.html")
+            return
+        log.info("report: %s", run_dir(trainer) / "report.html")
+        try:
+            draw_run(run)
+        except Exception as error:
+            log.warning("no PNGs of the report (`sdpo-lightning report %s` draws them): %s", run_dir(trainer), error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,3 +52,19 @@ def report_run(folder: Path) -> Run:
     run = read_run(folder)
     write_text(folder / "report.html", run_page(run))
     return run
+
+
+def draw_run(run: Run) -> list[Path]:
+    """Draw a run's charts into `report/`, as `fit` does at its end, without matplotlib's own warnings.
+
+    Args:
+        run: as read.
+
+    Returns:
+        The PNGs; none where matplotlib is missing.
+    """
+    if not can_draw():
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return write_pngs(run_charts(run), run.folder / "report")

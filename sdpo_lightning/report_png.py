@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sdpo_lightning.publishing import publish
 from sdpo_lightning.report_charts import BarChart, Chart, LineChart
 
 
@@ -40,7 +41,9 @@ def write_pngs(charts: Sequence[Chart], folder: Path) -> list[Path]:
         axes.set_title(_plain(chart.title))
         _draw_bars(axes, chart) if isinstance(chart, BarChart) else _draw_lines(axes, chart)
         paths.append(folder / f"{chart.key}.png")
-        figure.savefig(paths[-1])
+        staging = folder / f".{chart.key}.png.tmp"
+        figure.savefig(staging, format="png")
+        publish(staging, paths[-1])
     return paths
 
 

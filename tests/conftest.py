@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdpo_lightning.ranks import leave_group
+from sdpo_lightning.report_command import draw_run
 
 torch.set_num_threads(1)
 
@@ -35,6 +36,18 @@ def own_cache(tmp_path_factory) -> None:
     folder = str(tmp_path_factory.mktemp("datasets-cache"))
     os.environ["HF_DATASETS_CACHE"] = folder
     datasets.config.HF_DATASETS_CACHE = Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch) -> None:
+    """Drawing takes a second or two, and hundreds of runs end here. Tests of the PNGs ask for `pictures`."""
+    monkeypatch.setattr("sdpo_lightning.report_callback.draw_run", lambda run: [])
+
+
+@pytest.fixture
+def pictures(no_pictures, monkeypatch) -> None:
+    """What a run's end does."""
+    monkeypatch.setattr("sdpo_lightning.report_callback.draw_run", draw_run)
 
 
 # By these Lightning would take a process that a test starts for one that somebody else has launched.

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Union
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from helpers import make_rows, write_jsonl
-from runs import losses, metrics
+from runs import ParsesOnly, losses, metrics
 from transformers import AutoTokenizer
 
 from sdpo_lightning import DPOLitModule
@@ -247,6 +249,19 @@ def test_another_plan_on_resume_exits_with_3(tmp_path, arguments, capsys):
     assert "data.seed: 0 -> 5" in refused([*words, "--data.seed=5"], capsys, code=3)
     main(words)
     assert len(list((tmp_path / "run" / "stages").iterdir())) == 2
+
+
+def test_one_batch_is_no_share_whatever_was_imported_before(monkeypatch):
+    # What Lightning's annotation is where an import has just made this equal one: `typing` keeps that.
+    other, hints = Union[float, int, None], pl.Trainer.__init__.__annotations__  # noqa: UP007
+    assert other == hints["limit_train_batches"] and other.__args__[0] is float
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
+        monkeypatch.setitem(hints, name, other)
+    words = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0.5", "--trainer.limit_test_batches=1.0"]
+    words += ["--model.model_name_or_path=m", "--data.sources=[]"]
+    given = ParsesOnly(args=["fit", *words]).config.fit.trainer
+    found = [given.limit_train_batches, given.limit_val_batches, given.limit_test_batches]
+    assert [repr(value) for value in found] == ["1", "0.5", "1.0"]
 
 
 # ---- shipped configs

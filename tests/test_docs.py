@@ -327,6 +327,13 @@ def test_versions_are_those_of_the_files():
         assert tested == pinned.get(name, "none")
 
 
+def test_before_a_commit_as_in_make_lint():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    [hook] = [hook for hook in config["repos"][0]["hooks"] if hook["id"] == "ruff-check"]
+    assert set(hook["additional_dependencies"]) < set((ROOT / "constraints.txt").read_text().split())
+
+
 def test_the_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["preferred-citation"]["url"].endswith("2403.19270")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import struct
+import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -19,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from sdpo_lightning import PreferenceSource, StageEvaluation, StageSamples
 from sdpo_lightning.cli import main
 from sdpo_lightning.matrix import matrix_rows, merged
+from sdpo_lightning.report_callback import RunReport
 from sdpo_lightning.sampling import until_end
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps
 
@@ -235,6 +240,51 @@ def test_fit_leaves_a_report_at_its_end_only(tmp_path, tiny_model_dir, sources, 
     # Within the last stage.
     fit(tmp_path, tiny_model_dir, sources, callbacks=[StopsAt(len(metrics(run)) - 2)], **ARGS)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_fit_leaves_a_png_of_each_chart(tmp_path, tiny_model_dir, pictures, caplog):
+    pytest.importorskip("matplotlib")
+    # So long a name leaves no room for bars, of which matplotlib warns; that isn't worth a word at a run's end.
+    source = PreferenceSource("a" * 120, str(write_jsonl(tmp_path / "a.jsonl", make_rows(12, 1, "a"))))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        short_fit(tmp_path / "run", tiny_model_dir, [source], order="easy_to_hard", val_fraction=0.4)
+    keys = re.findall(r'<figure id="(\w+)">', (tmp_path / "run" / "report.html").read_text())
+    assert sorted(path.name for path in (tmp_path / "run" / "report").iterdir()) == sorted(f"{key}.png" for key in keys)
+    assert {"loss", "gamma", "ranking"} <= set(keys)
+    for path in (tmp_path / "run" / "report").iterdir():
+        # 6.4 x 4 inches at 120 dots each.
+        assert struct.unpack(">II", path.read_bytes()[16:24]) == (768, 480)
+    assert "PNG" not in caplog.text and not [w for w in warned if "layout" in str(w.message)]
+
+
+def test_png_that_cannot_be_written_ends_no_run(tmp_path, tiny_model_dir, sources, pictures, caplog):
+    pytest.importorskip("matplotlib")
+    tmp_path.joinpath("report").write_text("a file where the folder should be")
+    short_fit(tmp_path, tiny_model_dir, sources)
+    assert f"no PNGs of the report (`sdpo-lightning report {tmp_path}` draws them)" in caplog.text
+    assert (tmp_path / "report.html").exists() and len(list((tmp_path / "stages").iterdir())) == 2
+    assert (tmp_path / "report").read_text() == "a file where the folder should be"
+
+
+def test_without_matplotlib_the_page_is_all(tmp_path, tiny_model_dir, sources, pictures, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    short_fit(tmp_path, tiny_model_dir, sources)
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "report").exists()
+    assert "PNG" not in caplog.text and "matplotlib" not in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_draws(tmp_path, tiny_model_dir, sources, monkeypatch, rank):
+    drawn = []
+    monkeypatch.setattr("sdpo_lightning.report_callback.draw_run", drawn.append)
+    trainer, module = short_fit(tmp_path, tiny_model_dir, sources)
+    (tmp_path / "report.html").unlink()
+    drawn.clear()
+    monkeypatch.setattr(type(trainer), "is_global_zero", property(lambda _: rank == 0))
+    RunReport().on_fit_end(trainer, module)
+    assert [found.folder for found in drawn] == ([tmp_path] if rank == 0 else [])
+    assert (tmp_path / "report.html").exists() == (rank == 0)
 
 
 def test_a_finished_run_makes_up_for_what_it_lost(tmp_path, tiny_model_dir, sources, run):

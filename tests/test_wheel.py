@@ -3,9 +3,11 @@
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,3 +78,75 @@ def test_the_wheel_works_on_its_own(packages, tmp_path):
     run(command, "configs", "cp", "demo", cwd=tmp_path)
     printed = run(command, "fit", "--config=demo.yaml", "--print_config", cwd=tmp_path)
     assert "runs/demo/inputs/model" in printed
+
+
+# ---- each extra, from the registry
+
+
+@pytest.fixture(scope="module")
+def base(packages, tmp_path_factory) -> Path:
+    """An environment with the wheel, what it requires in the versions of `constraints.txt`, and nothing else."""
+    folder = tmp_path_factory.mktemp("base") / "venv"
+    run(sys.executable, "-m", "venv", folder, cwd=packages)
+    install(folder, str(next(packages.glob("*.whl"))))
+    return folder
+
+
+def install(environment: Path, *words: str) -> None:
+    python = environment / "bin" / "python"
+    words = ("-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", *words)
+    run(python, *words, cwd=environment)
+
+
+def environment_with(base: Path, folder: Path, extra: str, packages: Path, *more: str) -> Path:
+    """An environment with `wheel[extra]` and no other extra; what `base` has is linked. Returns where commands are."""
+    run(sys.executable, "-m", "venv", folder, cwd=packages)
+    [site] = (folder / "lib").glob("python*/site-packages")
+    [linked] = (base / "lib").glob("python*/site-packages")
+    (site / "linked.pth").write_text(f"{linked}\n")
+    [wheel] = packages.glob("*.whl")
+    # Its commands are made here too.
+    install(folder, "--no-deps", "--ignore-installed", str(wheel))
+    install(folder, f"{wheel}[{extra}]", *more)
+    return folder / "bin"
+
+
+def test_each_extra_is_tried():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    # `make venv` installs the one for development; the tests of CUDA's two need a GPU.
+    assert set(extras) == {"peft", "report", "eval", "completion", "liger", "vllm", "dev"}
+
+
+def test_report_draws(base, packages, tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,stage/index,train/loss\n1,1,0.693\n2,1,0.5\n")
+    plain = run(base / "bin" / "sdpo-lightning", "report", tmp_path, cwd=tmp_path)
+    assert "no PNGs: matplotlib is missing" in plain and not (tmp_path / "report").exists()
+    commands = environment_with(base, tmp_path / "venv", "report", packages)
+    assert "written: 1 PNGs" in run(commands / "sdpo-lightning", "report", tmp_path, cwd=tmp_path)
+    header = (tmp_path / "report" / "loss.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", header[16:]) == (768, 480)
+
+
+def test_completion_prints_a_script(base, packages, tmp_path):
+    commands = environment_with(base, tmp_path / "venv", "completion", packages)
+    script = run(commands / "sdpo-lightning", "--print_completion", "shtab-bash", cwd=tmp_path)
+    assert "complete -" in script and "--model.model_name_or_path" in script
+
+
+@pytest.mark.parametrize(
+    ("extra", "tests", "passed"),
+    [
+        ("peft", ["test_fork.py", "-k", "test_adapters"], 1),
+        ("eval", ["test_evaluation.py", "-k", "h4_over_the_models or eq_bench_reads"], 2),
+    ],
+    ids=["peft", "eval"],
+)
+def test_the_tests_of_an_extra(base, packages, tmp_path, extra, tests, passed):
+    """On the wheel: a copy of the tests, without the package beside it."""
+    commands = environment_with(base, tmp_path / "venv", extra, packages, "pytest", "hypothesis")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    where = run(commands / "python", "-c", "import sdpo_lightning as s; print(s.__file__)", cwd=tmp_path / "tests")
+    assert Path(where).is_relative_to(tmp_path / "venv")
+    options = ["-p", "no:cacheprovider", "-o", "markers=slow", f"--basetemp={tmp_path / 'out'}"]
+    said = run(commands / "python", "-m", "pytest", *options, *tests, cwd=tmp_path / "tests")
+    assert f"{passed} passed" in said and "skipped" not in said
