@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_lightning import (
     BackgroundWrites,
+    FSDP2Strategy,
     KLBoundReference,
     LoraSettings,
     PreferenceSource,
@@ -70,6 +71,7 @@ def scenarios() -> dict:
         "hard": (lambda: UpdatingReference(2), {}, lambda: None),
         "bound": (lambda: Bound(0.02), {}, lambda: None),
         "late": (lambda: UpdatingReference(1, 0.3, offload=True), {}, Late),
+        "replicas": (lambda: UpdatingReference(1, 0.3), {}, lambda: None),
         "adapter": (lambda: UpdatingReference(2), LORA, lambda: None),
         "adapter-bound": (lambda: Bound(1e-5), LORA, lambda: None),
     }
@@ -113,7 +115,9 @@ if __name__ == "__main__":
     out, model = Path(sys.argv[1]), sys.argv[2]
     ranks = int(os.environ["WORLD_SIZE"])
     for name in sys.argv[3:]:
-        found = facts(start(out, model, name, ranks, devices=ranks, strategy="fsdp2"))
+        # With as many replicas as ranks each holds all shards, and none is cut in two.
+        strategy = FSDP2Strategy(ranks if name.startswith("replicas") else 1)
+        found = facts(start(out, model, name, ranks, devices=ranks, strategy=strategy))
         if int(os.environ["RANK"]) == 0:
             (out / name / "facts.json").write_text(json.dumps(found))
     dist.barrier()
