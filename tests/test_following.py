@@ -22,8 +22,16 @@ from test_lora import KINDS, KeepsBatches, _pair_logps_by_hand
 from test_references import LN2, check_every_checkpoint
 from transformers import AutoModelForCausalLM
 
-from sdpo_lightning import DPOLitModule, KLBoundReference, LoraSettings, PreferenceSource, UpdatingReference
+from sdpo_lightning import (
+    CurriculumDataModule,
+    DPOLitModule,
+    KLBoundReference,
+    LoraSettings,
+    PreferenceSource,
+    UpdatingReference,
+)
 from sdpo_lightning.adapters import REFERENCE, adapter_state
+from sdpo_lightning.ranks import leave_group
 from sdpo_lightning.types import ConfigurationError, SelfCheckError
 
 TESTS = Path(__file__).resolve().parent
@@ -292,3 +300,34 @@ class ReadsNoWeights(DPOLitModule):
 def test_what_adapters_cannot_do_is_refused_before_weights_load(tmp_path, tiny_model_dir, pairs, make, message):
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, tiny_model_dir, pairs, None, make(), module_class=ReadsNoWeights, module_args=KINDS["lora"])
+
+
+@pytest.mark.parametrize(
+    "make, module_args", [(lambda: UpdatingReference(1, 0.3), {}), (lambda: UpdatingReference(1), KINDS["lora"])],
+    ids=["soft", "adapter"],
+)  # fmt: skip
+def test_validate_looks_at_a_checkpoint_with_its_moved_reference(tmp_path, tiny_model_dir, pairs, make, module_args):
+    """The same held-out losses by shards and without, and others than with M_1 in the place of the reference."""
+    found, arguments = {}, module_args | STEADY
+    for name, strategy in (("plain", "auto"), ("shards", "fsdp2")):
+        trainer_args = {"devices": 1, "strategy": strategy}
+        fit(
+            tmp_path / name, tiny_model_dir, pairs, None, make(), module_args=arguments, val_fraction=0.3,
+            trainer_args=trainer_args | {"max_steps": 3},
+        )  # fmt: skip
+        leave_group()
+        for reference in (make(), None):
+            module = DPOLitModule(str(tiny_model_dir), reference=reference, **arguments)
+            data = CurriculumDataModule(pairs, order="given", batch_size=2, max_length=64, val_fraction=0.3)
+            trainer = pl.Trainer(
+                default_root_dir=tmp_path / name, accelerator="cpu", logger=False, enable_progress_bar=False,
+                **trainer_args,
+            )  # fmt: skip
+            checkpoint = str(tmp_path / name / "checkpoints" / "stopped-step=3.ckpt")
+            trainer.validate(module, data, ckpt_path=checkpoint, verbose=False)
+            found[name, reference is None] = trainer.callback_metrics["val/a/loss"].item()
+            leave_group()
+    assert found["shards", False] == pytest.approx(found["plain", False], abs=1e-5)
+    for name in ("plain", "shards"):
+        # Step 3 is the first of stage 2: by the default reference the policy is compared with M_1.
+        assert abs(found[name, True] - found[name, False]) > 1e-4
