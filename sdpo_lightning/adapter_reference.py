@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sdpo_lightning.adapters import (
     REFERENCE,
@@ -22,6 +21,7 @@ from sdpo_lightning.adapters import (
 )
 from sdpo_lightning.backbone import CausalBackbone, adapter_digest, weights_digest
 from sdpo_lightning.reference import CachedReference, ReferencePolicy, ResidentReference
+from sdpo_lightning.sharding import own_part
 from sdpo_lightning.types import (
     ConfigurationError,
     PairLogps,
@@ -46,7 +46,7 @@ class FrozenAdapter(nn.Module):
         # In a tuple, so that it isn't a submodule.
         self._policy = (policy,)
         self.weights = nn.ParameterList(
-            nn.Parameter(tensor, requires_grad=False) for tensor in adapter_state(policy.model, REFERENCE).values()
+            nn.Parameter(tensor, requires_grad=False) for tensor in self.adapter().values()
         )
 
     @contextmanager
@@ -61,6 +61,10 @@ class FrozenAdapter(nn.Module):
         with self.in_use() as policy:
             return policy(batch, collisions)
 
+    def adapter(self) -> dict[str, Tensor]:
+        """Weights of the frozen adapter under the names of an export; they share its memory."""
+        return adapter_state(self._policy[0].model, REFERENCE)
+
     def digest(self) -> str:
         """Digest of base and frozen adapter, as `weights_digest` gives it for a policy."""
         return adapter_digest(self._policy[0], REFERENCE)
@@ -74,7 +78,7 @@ class AdapterReference(ReferencePolicy):
 
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Copy the trained adapter into the frozen one."""
-        snapshot_adapter_(policy.model)
+        self.become_(policy)
         self._model = FrozenAdapter(policy)
 
     def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
@@ -82,6 +86,15 @@ class AdapterReference(ReferencePolicy):
         model = load_weights()
         assert isinstance(model, FrozenAdapter)
         self._model = model
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of the frozen adapter by name, whole or this rank's shards; they share its memory."""
+        assert self._model is not None, "the reference is asked before the stage began"
+        return self._model.adapter()
+
+    def become_(self, policy: CausalBackbone) -> None:
+        """Copy the trained adapter into the frozen one, in place."""
+        snapshot_adapter_(policy.model)
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """One no-grad forward of the policy with the frozen adapter."""
@@ -103,17 +116,13 @@ class FirstAdapter:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._values = {name: _own_part(t).detach().cpu().clone() for name, t in adapter_state(model, TRAINED).items()}
+        self._values = {name: own_part(t).detach().cpu().clone() for name, t in adapter_state(model, TRAINED).items()}
 
     @torch.no_grad()
     def write_(self, model: nn.Module, adapter: str) -> None:
         """Give an adapter of the model these values, in place."""
         for name, tensor in adapter_state(model, adapter).items():
-            _own_part(tensor).copy_(self._values[name])
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            own_part(tensor).copy_(self._values[name])
 
 
 def frozen_adapter(policy: CausalBackbone, folder: Path | None, first: FirstAdapter) -> FrozenAdapter:
@@ -141,13 +150,13 @@ def frozen_adapter_kept(policy: CausalBackbone) -> Iterator[None]:
     Args:
         policy: with adapters.
     """
-    before = {name: _own_part(t).clone() for name, t in adapter_state(policy.model, REFERENCE).items()}
+    before = {name: own_part(t).clone() for name, t in adapter_state(policy.model, REFERENCE).items()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, tensor in adapter_state(policy.model, REFERENCE).items():
-                _own_part(tensor).copy_(before[name])
+                own_part(tensor).copy_(before[name])
 
 
 def model_digest(model: nn.Module) -> str:

@@ -93,3 +93,19 @@ def k2(policy: PairLogps, reference: PairLogps) -> Tensor:
         `[2, B]` float64, nats: of the chosen and the rejected answers.
     """
     return torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).double() ** 2 / 2
+
+
+def k2_sums(weights: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """Sum over completions of (log pi - log pi_ref)^2 / 2, and how many there are.
+
+    Args:
+        weights: `[B]`; pairs of weight 0 don't count.
+        policy: logps `[B]`.
+        reference: logps `[B]`.
+
+    Returns:
+        `[2]` float64.
+    """
+    real = weights > 0
+    halves = torch.where(real, k2(policy, reference), 0.0)
+    return torch.stack([halves.sum(), 2.0 * real.sum().double()])

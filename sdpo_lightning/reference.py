@@ -13,6 +13,7 @@ from torch import Tensor
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.logp_tables import ComputeLogps, cache_key, known_logps, read_table, score_pairs, write_table
 from sdpo_lightning.ranks import from_first_rank
+from sdpo_lightning.sharding import reshard_
 from sdpo_lightning.types import (
     ConfigurationError,
     ExternalInputs,
@@ -177,7 +178,7 @@ class ResidentReference(ReferencePolicy):
         if self._model is None:
             self._model = policy.frozen_copy(self.offload)
         else:
-            copy_weights_(self._model, policy)
+            self.become_(policy)
         self._model.eval()
 
     def restore(
@@ -187,15 +188,28 @@ class ResidentReference(ReferencePolicy):
         weights = load_weights().requires_grad_(False)
         self._model = (weights.parked() if self.offload else weights).eval()
 
+    @property
+    def model(self) -> CausalBackbone:
+        """The frozen copy."""
+        assert self._model is not None, "the reference is asked before the stage began"
+        return self._model
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights by name, whole or this rank's shards; they share the copy's memory."""
+        reshard_(self.model)
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def become_(self, policy: CausalBackbone) -> None:
+        """Take the policy's weights over, in place, once there is a copy."""
+        copy_weights_(self.model, policy)
+
     def logps(self, batch: PreferenceBatch) -> PairLogps:
         """One no-grad forward."""
-        assert self._model is not None, "the reference is asked before the stage began"
-        return self._compute_logps(self._model, batch)
+        return self._compute_logps(self.model, batch)
 
     def digest(self) -> str | None:
         """Digest of the frozen copy."""
-        assert self._model is not None
-        return weights_digest(self._model)
+        return weights_digest(self.model)
 
 
 class CachedReference(ReferencePolicy):

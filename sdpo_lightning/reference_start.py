@@ -23,6 +23,7 @@ def check_reference(trainer: pl.Trainer, pl_module: StageModule) -> None:
     data = data_of(trainer)
     facts = RunFacts(
         sharded=sharding_of(trainer.strategy) is not None,
+        adapters=pl_module.lora is not None,
         tokenizer=data.tokenizer,
         needs_own_lengths=needs_own_lengths(pl_module),
         rows_cut={report.name: cut for report in data.reports.values() if (cut := _cut(report))},

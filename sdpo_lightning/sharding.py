@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 # `old, new`: writes the values of a weight into its new place; `old` is whole, or on the meta device.
 Fill = Callable[[Tensor, Tensor], None]
@@ -68,6 +68,12 @@ class Sharding:
                 mp_policy=policy,
                 offload_policy=CPUOffloadPolicy() if parked else OffloadPolicy(),
             )
+
+    def on_cpu(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor without values, cut as a weight of that shape is, with this rank's part in the memory of the CPU."""
+        replicas = (Replicate(),) * (self.mesh.ndim - 1)
+        cut = empty(shape, dtype=dtype, device_mesh=self.mesh, placements=(*replicas, Shard(0)))
+        return cut.to("cpu")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -125,6 +131,37 @@ def weights_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def reshard_(model: nn.Module) -> None:
+    """Have the parameters be shards: a whole one may be lying about since the last forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's shard, or the tensor itself where it isn't cut; they share their memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_pairs(target: nn.Module, source: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """This rank's shards of two models that are cut alike, weight by weight, to be written into.
+
+    Args:
+        target: whose shards come first.
+        source: of the same names and shapes.
+    """
+    for model in (target, source):
+        # What is written into a whole weight would be lost.
+        reshard_(model)
+    theirs, ours = dict(source.named_parameters()), dict(target.named_parameters())
+    assert ours.keys() == theirs.keys(), "policy and reference are not the same architecture"
+    for name, mine in ours.items():
+        other = theirs[name]
+        assert isinstance(mine, DTensor) and isinstance(other, DTensor), f"{name} is not sharded"
+        assert mine.placements == other.placements and mine.device_mesh == other.device_mesh, f"{name} is cut otherwise"
+    return [(_local(mine), _local(theirs[name])) for name, mine in ours.items()]
+
+
 @torch.no_grad()
 def copy_shards_(target: nn.Module, source: nn.Module) -> None:
     """Copy each shard of `source` into the same shard of `target`. Nothing goes between ranks.
@@ -133,17 +170,8 @@ def copy_shards_(target: nn.Module, source: nn.Module) -> None:
         target: cut as `source` is.
         source: with the values.
     """
-    for module in (*target.modules(), *source.modules()):
-        if isinstance(module, FSDPModule):
-            # A whole weight may be lying about since the last forward pass; a copy into it would be lost.
-            module.reshard()
-    theirs, ours = dict(source.named_parameters()), dict(target.named_parameters())
-    assert ours.keys() == theirs.keys(), "policy and reference are not the same architecture"
-    for name, mine in ours.items():
-        other = theirs[name]
-        assert isinstance(mine, DTensor) and isinstance(other, DTensor), f"{name} is not sharded"
-        assert mine.placements == other.placements and mine.device_mesh == other.device_mesh, f"{name} is cut otherwise"
-    torch._foreach_copy_([_local(p) for p in ours.values()], [_local(theirs[name]) for name in ours])
+    ours, theirs = zip(*shard_pairs(target, source), strict=True)
+    torch._foreach_copy_(ours, theirs)
     buffers = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
         buffer.copy_(buffers[name])

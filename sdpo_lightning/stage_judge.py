@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdpo_lightning.data.endings import last_epoch
 from sdpo_lightning.data.pair_lists import data_of
+from sdpo_lightning.divergences import k2_sums
 from sdpo_lightning.files import write_json
 from sdpo_lightning.loop_progress import end_pass_
 from sdpo_lightning.ranks import from_every_rank, from_first_rank
@@ -21,7 +22,6 @@ from sdpo_lightning.run_parts import StageModule, callbacks_of, is_try, run_dir,
 from sdpo_lightning.stage_weights import LastOfStage, StageWeights
 from sdpo_lightning.stop_rule import StopRule, StopState, check_judged, judge, monitored
 from sdpo_lightning.types import ConfigurationError, PreferenceBatch, Stage
-from sdpo_lightning.updating_reference import k2_sums
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from sdpo_lightning.adapters import check_checkpoint
 from sdpo_lightning.checkpoint_files import META, begin_shards, remove_checkpoint, save_shards_atomically
@@ -130,12 +131,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         from_first_rank(lambda: begin_shards(path))
         shards = {"state_dict": checkpoint.pop("state_dict")}
         shards |= {f"optimizer_{n}": state for n, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        shards |= {"reference": _take_shards_(checkpoint)}
         # Now, whole: it isn't large, and parts of it change with the next step.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         rest = buffer.getvalue()
         if isinstance(storage_options, BackgroundWrites):
-            held, group = storage_options.hold(shards, self._live_storages()), storage_options.group()
+            live = self._live_storages() | storages(shards["reference"].values())
+            held, group = storage_options.hold(shards, live), storage_options.group()
             storage_options.begin(lambda: save_shards_atomically(held, rest, path, group))
             return
         error = None
@@ -181,12 +184,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         check_checkpoint(metadata | {"state_dict": names}, module.policy, module.lora, module.quantization)
         # Frozen weights are not in it.
         weights = {n: w for n, w in get_model_state_dict(self.model).items() if f"state_dict.{n}" in held}
-        state = {"state_dict": weights}
+        reference = self._empty_shards("reference.", held)
+        state: dict[str, Any] = {"state_dict": weights, "reference": reference}
         load(state, checkpoint_id=path, planner=PlainPlanner())
         strict = module.strict_loading
         set_model_state_dict(self.model, state["state_dict"], options=StateDictOptions(strict=strict))
         self._restoring = path
+        # Beside what isn't a shard of it.
+        state["reference"] = reference | metadata.get("reference", {})
         return metadata | state | {"optimizer_states": []}
+
+    def _empty_shards(self, prefix: str, held: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Name -> a place for this rank's part of it, for each tensor of a checkpoint whose name begins so."""
+        found = {name.removeprefix(prefix): about for name, about in held.items() if name.startswith(prefix)}
+        return {name: self.sharding.on_cpu(about.size, about.properties.dtype) for name, about in found.items()}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read the optimizer's shards of the checkpoint that `load_checkpoint` has opened."""
@@ -195,6 +206,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = {f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)}
             load(state, checkpoint_id=self._restoring, planner=PlainPlanner())
             set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+
+
+def _take_shards_(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Take the shards of a reference that has moved out of what rank 0 says."""
+    state = checkpoint.get("reference", {})
+    shards: dict[str, torch.Tensor] = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
+    checkpoint["reference"] = {name: tensor for name, tensor in state.items() if name not in shards}
+    return shards
 
 
 def sharding_of(strategy: Any) -> Sharding | None:

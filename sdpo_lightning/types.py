@@ -290,12 +290,14 @@ class RunFacts:
 
     Attributes:
         sharded: whether models are cut over the ranks.
+        adapters: whether adapters are trained, and the reference can be one.
         tokenizer: of the data.
         needs_own_lengths: whether loss or logps use lengths of completions or single tokens.
         rows_cut: source -> pairs that `data.max_length` has cut.
     """
 
     sharded: bool
+    adapters: bool
     tokenizer: Any
     needs_own_lengths: bool
     rows_cut: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""Rank 4: references that follow the policy within a stage, after its optimizer steps.
+"""Rank 5: references that follow the policy within a stage, after its optimizer steps.
 
 At the start of a stage they are M_{t-1}, as every reference of stepwise DPO. What they become afterwards is no M_t, so
 a checkpoint holds it.
@@ -13,35 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdpo_lightning.adapter_reference import AdapterReference, FrozenAdapter
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_
-from sdpo_lightning.divergences import k2
+from sdpo_lightning.divergences import k2_sums
 from sdpo_lightning.ranks import from_every_rank
-from sdpo_lightning.reference import ResidentReference
+from sdpo_lightning.reference import ReferencePolicy, ResidentReference
+from sdpo_lightning.sharding import is_sharded, own_part, shard_pairs
 from sdpo_lightning.types import ConfigurationError, PairLogps, PreferenceBatch, ReferenceInputs, RunFacts, Stage
 
 _STEPS = "steps"
 _WEIGHTS = "weights."
 
 
-class FollowingReference(ResidentReference):
-    """A resident reference that may change after each optimizer step; a subclass says when and how.
+class FollowingReference(ReferencePolicy):
+    """A reference that may change after each optimizer step; a subclass says when and how.
 
-    Its weights are in every checkpoint, from the first change of a stage to the stage's end.
+    It is held as a second model, or with `model.lora` as a second, frozen adapter. Its weights (of a sharded model each
+    rank's part) are in every checkpoint, from the first change of a stage to the stage's end.
 
     Args:
-        offload: keep its weights in the memory of the CPU between forward passes.
+        offload: keep the second model's weights in the memory of the CPU between forward passes.
     """
 
     def __init__(self, offload: bool = False) -> None:
-        super().__init__(offload)
+        self.offload = offload
+        self._held: ResidentReference | AdapterReference | None = None
         # Optimizer steps of this stage.
         self._steps = 0
         self._moved = False
         self._saved: dict[str, Tensor] = {}
 
+    @property
+    def held(self) -> ResidentReference | AdapterReference:
+        """What holds the weights: `weights()` to write into, `become_(policy)` to be the policy."""
+        assert self._held is not None, "the reference is asked before the stage began"
+        return self._held
+
     @abstractmethod
     def follow(self, policy: CausalBackbone, step: int) -> bool:
-        """Change `self._model`, or leave it.
+        """Change what `self.held` holds, or leave it.
 
         Args:
             policy: as the step left it.
@@ -52,21 +62,27 @@ class FollowingReference(ResidentReference):
         """
 
     def check(self, run: RunFacts) -> None:
-        """Refuse shards: the reference's would have to be in the checkpoint, and aren't.
+        """Refuse to park what isn't there.
 
         Raises:
             ConfigurationError: with what to use.
         """
-        if run.sharded:
+        if run.adapters and self.offload:
             raise ConfigurationError(
-                f"`model.reference` is {type(self).__name__} with a sharded model, whose checkpoints don't hold the "
-                "reference's shards; use `trainer.strategy: ddp`, one device, or a reference that is an M_t"
+                f"`model.reference` is {type(self).__name__} with `offload: true` and `model.lora`, where it is an "
+                "adapter in the policy and no second model; leave `offload` out"
             )
 
     def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
         """Become M_{t-1}, and count from here."""
-        super().advance(policy, stage, inputs)
+        if self._held is None:
+            self._hold(ResidentReference(self.offload) if policy.base_digest is None else AdapterReference())
+        self.held.advance(policy, stage, inputs)
         self._steps, self._moved = 0, False
+
+    def _hold(self, held: ResidentReference | AdapterReference) -> None:
+        held.prepare(self._compute_logps)
+        self._held = held
 
     def stay(self, stage: Stage, inputs: ReferenceInputs) -> None:
         """Refuse: what it is has no name by which a fork or a ledger could find it again."""
@@ -75,6 +91,14 @@ class FollowingReference(ResidentReference):
             "`model.reference: FixedReference`, or a `should_advance` that is true"
         )
 
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        """One no-grad forward."""
+        return self.held.logps(batch)
+
+    def digest(self) -> str | None:
+        """Digest of the weights, of the base's too where they are an adapter."""
+        return self.held.digest()
+
     def after_step(self, policy: CausalBackbone) -> None:
         """Follow."""
         self._steps += 1
@@ -82,13 +106,13 @@ class FollowingReference(ResidentReference):
             self._moved = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Steps of the stage, and the weights once they are no M_t."""
-        if self._model is None:
+        """Steps of the stage, and the weights once they are no M_t: shards where the model is cut."""
+        if self._held is None:
             # Lightning may save before the first stage begins.
             return dict(self._saved)
         state = {_STEPS: torch.tensor(self._steps)}
         if self._moved:
-            state |= {_WEIGHTS + name: p.detach() for name, p in self._model.named_parameters()}
+            state |= {_WEIGHTS + name: tensor for name, tensor in self.held.weights().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -96,21 +120,27 @@ class FollowingReference(ResidentReference):
         self._saved = dict(state)
 
     @torch.no_grad()
-    def restore(
-        self, load_weights: Callable[[], CausalBackbone], stage: Stage, inputs: ReferenceInputs
-    ) -> None:
+    def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
         """Reload M_{t-1}, then write into it what the checkpoint held."""
-        super().restore(load_weights, stage, inputs)
-        assert self._model is not None
+        began = load_weights()
+        if isinstance(began, FrozenAdapter):
+            adapter = AdapterReference()
+            adapter.restore(lambda: began, stage, inputs)
+            self._hold(adapter)
+        else:
+            assert isinstance(began, CausalBackbone)
+            resident = ResidentReference(self.offload)
+            resident.restore(lambda: began, stage, inputs)
+            self._hold(resident)
         saved, self._saved = self._saved, {}
         self._steps = int(saved.get(_STEPS, torch.tensor(0)))
         weights = {name.removeprefix(_WEIGHTS): t for name, t in saved.items() if name.startswith(_WEIGHTS)}
         self._moved = bool(weights)
         if weights:
-            ours = dict(self._model.named_parameters())
+            ours = self.held.weights()
             assert ours.keys() == weights.keys(), "the checkpoint's reference is another architecture"
-            for name, parameter in ours.items():
-                parameter.data.copy_(weights[name])
+            for name, tensor in ours.items():
+                own_part(tensor).copy_(own_part(weights[name]))
 
 
 class UpdatingReference(FollowingReference):
@@ -120,10 +150,13 @@ class UpdatingReference(FollowingReference):
     (the reference becomes the policy), a smaller one its soft update; `every_n_steps: 1` with a small `mix` is an
     exponential moving average of the policy with decay 1 - mix.
 
+    With `model.lora` the reference is an adapter, and only the hard update is offered. The soft one of the weights
+    W + s B A is mix * B_p A_p + (1 - mix) * B_r A_r, of up to twice the adapters' rank, and mixing A and B is another.
+
     Args:
         every_n_steps: optimizer steps of a stage between two updates; the count begins anew with each stage.
         mix: weight of the policy, in (0, 1].
-        offload: keep its weights in the memory of the CPU between forward passes.
+        offload: keep its weights in the memory of the CPU between forward passes; not with `model.lora`.
 
     Raises:
         ConfigurationError: a number outside its range.
@@ -140,6 +173,20 @@ class UpdatingReference(FollowingReference):
         self.every_n_steps = every_n_steps
         self.mix = mix
 
+    def check(self, run: RunFacts) -> None:
+        """Refuse a soft update of adapters.
+
+        Raises:
+            ConfigurationError: with what to use.
+        """
+        super().check(run)
+        if run.adapters and self.mix != 1:
+            raise ConfigurationError(
+                f"`model.reference` is UpdatingReference with `mix: {self.mix}` and `model.lora`: the mean of two "
+                "adapters' products B A has up to twice their rank, and isn't the product of the means of B and A; "
+                "use `mix: 1`, or train all weights (leave `model.lora` out)"
+            )
+
     def settings(self) -> dict[str, Any]:
         """Its two numbers."""
         text = f"{self.mix} * policy + {1 - self.mix} * reference every {self.every_n_steps} steps"
@@ -149,8 +196,11 @@ class UpdatingReference(FollowingReference):
         """Every n steps."""
         if step % self.every_n_steps:
             return False
-        assert self._model is not None, "a step before the stage began"
-        mix_weights_(self._model, policy, self.mix)
+        if self.mix == 1:
+            self.held.become_(policy)
+        else:
+            assert isinstance(self.held, ResidentReference), "`check` refuses adapters"
+            mix_weights_(self.held.model, policy, self.mix)
         return True
 
 
@@ -165,7 +215,7 @@ class KLBoundReference(FollowingReference):
 
     Args:
         max_kl: the bound, nats a completion.
-        offload: keep its weights in the memory of the CPU between forward passes.
+        offload: keep its weights in the memory of the CPU between forward passes; not with `model.lora`.
 
     Raises:
         ConfigurationError: a bound that isn't above 0.
@@ -198,42 +248,31 @@ class KLBoundReference(FollowingReference):
             )
         if total / count <= self.max_kl:
             return False
-        assert self._model is not None, "a step before the stage began"
-        copy_weights_(self._model, policy)
+        self.held.become_(policy)
         return True
-
-
-def k2_sums(weights: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Sum over completions of (log pi - log pi_ref)^2 / 2, and how many there are.
-
-    Args:
-        weights: `[B]`; pairs of weight 0 don't count.
-        policy: logps `[B]`.
-        reference: logps `[B]`.
-
-    Returns:
-        `[2]` float64.
-    """
-    real = weights > 0
-    halves = torch.where(real, k2(policy, reference), 0.0)
-    return torch.stack([halves.sum(), 2.0 * real.sum().double()])
 
 
 @torch.no_grad()
 def mix_weights_(target: nn.Module, source: nn.Module, mix: float) -> None:
     """target <- mix * source + (1 - mix) * target, parameter by parameter; buffers are copied.
 
+    Sharded ones are mixed shard by shard, without communication.
+
     Args:
         target: changed in place, perhaps on another device.
-        source: of the same names and shapes.
+        source: of the same names and shapes, cut alike.
         mix: in (0, 1]; at 1 a copy, bit for bit.
     """
     if mix == 1:
         copy_weights_(target, source)
         return
-    theirs = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        parameter.lerp_(theirs[name].to(parameter.device), mix)
+    if is_sharded(target) or is_sharded(source):
+        pairs = shard_pairs(target, source)
+    else:
+        theirs = dict(source.named_parameters())
+        pairs = [(parameter, theirs[name]) for name, parameter in target.named_parameters()]
+    for mine, other in pairs:
+        mine.lerp_(other.to(mine.device), mix)
     buffers = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
         buffer.copy_(buffers[name])
