@@ -358,10 +358,8 @@ def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sour
         assert caught.value.code == 2 and "none.jsonl" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused():
+def test_places_are_known_before_the_pairs_are():
     made = MadePairs([Drawn("own", 2)], ["a"], by_tokens=False, on_changed_rows="error")
-    with pytest.raises(ConfigurationError, match="with 2 processes"):
-        made.check_ranks(2)
     assert made.chunks()[0].pair_ids == [1 << 40, (1 << 40) + 1]
     own = {"class_path": "mine.Source", "init_args": {"name": "x", "num_pairs": 3, "other": 1}}
     assert read_pair_sources([own]) == [DeclaredPairs("x", 3)] and read_pair_sources(None) == []

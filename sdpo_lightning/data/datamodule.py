@@ -24,6 +24,7 @@ from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.made_pairs import MadePairs
 from sdpo_lightning.data.new_pairs import PairSource
 from sdpo_lightning.data.pacing import Pacing
+from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
@@ -76,6 +77,7 @@ class CurriculumDataModule(PairLists):
         tokenizer: folder or hub name; default: the model's.
         num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
         pair_sources: a stage each, behind all others, whose pairs M_{t-1} helps to make just before it.
+        pair_generator: what samples for them; none: the policy in memory, by transformers.
 
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
@@ -119,17 +121,17 @@ class CurriculumDataModule(PairLists):
         ranked_by: RankedBy = "first",
         pacing: Pacing | None = None,
         pair_sources: list[PairSource] | None = None,
+        pair_generator: PairGenerator | None = None,
     ) -> None:
         names = [source.name for source in sources]
-        self.made = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
+        self.made = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows, pair_generator)
         super().__init__(sources, rank_sample, seed, self.made.names)
         groups = stages or [[name] for name in names]
         own = stage_settings or {}
         passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by, self.made.names)
         self.staging = Staging(names, groups, partition, order, *passes)
         check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
-        self.difficulty = difficulty
-        self.difficulty_reference = difficulty_reference
+        self.difficulty, self.difficulty_reference = difficulty, difficulty_reference
         self.batching = Batching(batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed, pacing)
         self.max_length = max_length
         self.layout: LayoutName = layout
