@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 from runs import fit
 
-from sdpo_lightning import LoraSettings, PreferenceSource, SampledPairs, StageCheckpoint, VLLMPairGenerator
+from sdpo_lightning import (
+    AdapterReference,
+    LoraSettings,
+    PreferenceSource,
+    SampledPairs,
+    StageCheckpoint,
+    VLLMPairGenerator,
+)
 from sdpo_lightning.data import made_pairs
 from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.generation_transformers import FolderGenerator
@@ -70,14 +77,24 @@ def fsdp2(out, model, run):
 
 def fsdp2_lora(out, model, run):
     """An adapter folder."""
-    train(out, model, run, "fsdp2", [sampled(out)], module_args={"lora": LoraSettings(r=4)})
+    given = {"module_args": {"lora": LoraSettings(r=4)}, "reference": AdapterReference()}
+    train(out, model, run, "fsdp2", [sampled(out)], **given)
 
 
 def fsdp2_resumed(out, model, run):
     """Goes on from the end of stage 1 of `fsdp2`, with its rows."""
     checkpoint = out / "fsdp2" / "checkpoints" / "step=3.ckpt"
+    inner = SampledPairs.pairs
+
+    def asked(source, generator, stage_index):
+        raise AssertionError("rows are made again")
+
+    SampledPairs.pairs = asked
     made = [sampled(out), sampled(out, name="last", num_pairs=2, seed=1)]
-    train(out, model, out / "fsdp2", "fsdp2", made, ckpt_path=checkpoint)
+    try:
+        train(out, model, out / "fsdp2", "fsdp2", made, ckpt_path=checkpoint)
+    finally:
+        SampledPairs.pairs = inner
 
 
 def ddp_vllm(out, model, run):

@@ -15,7 +15,7 @@ import torch
 import yaml
 from helpers import WORDS, make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from sdpo_lightning import CachedReference, PairSource, PreferenceSource, SampledPairs, StageCheckpoint
 from sdpo_lightning.backbone import load_policy, weights_digest
@@ -120,13 +120,9 @@ def test_prompts_and_scorers_that_cannot_be_used_are_named(tmp_path):
 # ---- in a run
 
 
-@pytest.fixture(scope="module")
-def model_dir(tiny_model_dir, tiny_tokenizer, tmp_path_factory) -> Path:
-    """The tiny model, which also ends an answer at the words w20 ... w59: most are whole within six tokens."""
-    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("ending") / "tiny")
-    ends = [tiny_tokenizer.eos_token_id, *tiny_tokenizer.convert_tokens_to_ids(WORDS[20:])]
-    GenerationConfig(eos_token_id=ends, pad_token_id=tiny_tokenizer.pad_token_id).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model_dir(ending_model_dir) -> Path:
+    return ending_model_dir
 
 
 @pytest.fixture

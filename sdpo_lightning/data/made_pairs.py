@@ -1,8 +1,8 @@
 """Rank 5: stages whose pairs M_{t-1} helps to make: made once, kept in the run directory, found there again.
 
 `new_pairs/0t-NAME.jsonl` has the rows, `.json` beside it what they were made with. A checkpoint of stage t or later has
-the digest of the tokenised pairs, and takes nothing else. Of several ranks the first makes the rows, and what only it can
-know it tells the others; then each reads the file.
+the digest of the tokenised pairs, and takes nothing else. Of several ranks the first makes the rows, and what only it
+can know it tells the others; then each reads the file.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class MadePairs:
             ConfigurationError: sources whose files aren't there, or a generator for none.
         """
         if self.generator is not None and not self.sources:
-            raise ConfigurationError("`data.pair_generator` without `data.pair_sources`: nothing is sampled; leave it out")
+            raise ConfigurationError("`data.pair_generator` without `data.pair_sources`: leave it out")
         self.settings()
 
     def begun(self, names: Sequence[str]) -> dict[str, str]:
