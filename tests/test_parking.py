@@ -15,7 +15,14 @@ from made_script import FromFolder, sampled, train
 from runs import losses, weights
 from torch import nn
 
-from sdpo_lightning import AdapterReference, LoraSettings, ResidentReference, VLLMPairGenerator, generation_vllm
+from sdpo_lightning import (
+    AdapterReference,
+    LoraSettings,
+    ResidentReference,
+    StageCheckpoint,
+    VLLMPairGenerator,
+    generation_vllm,
+)
 from sdpo_lightning.data import model_before
 from sdpo_lightning.generation import Sampling
 from sdpo_lightning.generation_vllm import VLLMGenerator, VLLMSettings
@@ -99,7 +106,7 @@ def test_a_storage_that_belongs_to_a_file_is_let_go_of(tmp_path):
     mapped = torch.from_file(str(path), size=6, dtype=torch.float32)
     storage = mapped.untyped_storage()
     assert not storage.resizable()
-    whole, half = nn.Parameter(mapped.view(2, 3)), mapped[3:]
+    whole, half = nn.Parameter(mapped.view(2, 3)), nn.Parameter(mapped[3:])
     gone = weakref.ref(mapped)
     del mapped, storage
     with parked([whole, half], CPU) as size:
@@ -186,14 +193,16 @@ def test_a_run_around_vllm_has_the_bits_of_one_by_the_policy(kind, out, stand_in
 def test_a_process_that_fails_and_other_settings_make_rows_anew(out, stand_in, ending_model_dir, monkeypatch):
     def go(utilization=0.9, **given):
         chosen = VLLMPairGenerator(python=sys.executable, gpu_memory_utilization=utilization)
-        return train(out, str(ending_model_dir), out / "run", None, [sampled(out)], pair_generator=chosen, **given)
+        given |= {"pair_generator": chosen, "callbacks": [StageCheckpoint(every_n_train_steps=1, save_top_k=-1)]}
+        return train(out, str(ending_model_dir), out / "run", None, [sampled(out)], **given)
 
     monkeypatch.setenv("STAND_IN_FAILS", "1")
     with pytest.raises(OSError, match="CUDA out of memory"):
         go()
     assert not list((out / "run" / "new_pairs").iterdir())
     monkeypatch.delenv("STAND_IN_FAILS")
-    checkpoint = next((out / "run" / "checkpoints").glob("*.ckpt"))
+    # The end of stage 1.
+    [checkpoint] = (out / "run" / "checkpoints").glob("*step=3.ckpt")
     for utilization, starts in ((0.9, 2), (0.9, 2), (0.5, 3)):
         go(utilization, ckpt_path=checkpoint)
         assert len(stand_in.read_text().splitlines()) == starts
