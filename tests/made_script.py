@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from sdpo_lightning import (
     StageCheckpoint,
     VLLMPairGenerator,
 )
-from sdpo_lightning.data import made_pairs
+from sdpo_lightning.data import made_pairs, model_before
 from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.generation_transformers import FolderGenerator
 from sdpo_lightning.stopping import STOP
@@ -103,8 +104,23 @@ def ddp_vllm(out, model, run):
 
 
 def fsdp2_vllm(out, model, run):
-    """As above, from shards."""
-    train(out, model, run, "fsdp2", [sampled(out)], pair_generator=VLLMPairGenerator(python=sys.executable))
+    """As above, from shards; each rank notes what it holds of them meanwhile."""
+    released = model_before.memory_released
+
+    @contextmanager
+    def noted(models, optimizers, device):
+        local = [p.to_local().untyped_storage() for model in models for p in model.parameters()]
+        before = sum(storage.nbytes() for storage in local)
+        with released(models, optimizers, device):
+            now = sum(storage.nbytes() for storage in local)
+            (out / f"held-{os.environ['RANK']}.txt").write_text(f"{before > 0} {now}")
+            yield
+
+    model_before.memory_released = noted
+    try:
+        train(out, model, run, "fsdp2", [sampled(out)], pair_generator=VLLMPairGenerator(python=sys.executable))
+    finally:
+        model_before.memory_released = released
 
 
 def too_few(out, model, run):

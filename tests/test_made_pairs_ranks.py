@@ -85,6 +85,8 @@ def test_a_process_answers_from_the_folder_of_all_ranks(out, tmp_path, ending_mo
         note = json.loads((out / scenario / "new_pairs" / "02-new.json").read_text())
         assert note["made_with"]["generator"]["class"].endswith("VLLMPairGenerator")
         assert_close(out / scenario, out / "ddp", "02-new")
+    # Both ranks had shards of policy and reference, and none while the process answered.
+    assert [(out / f"held-{rank}.txt").read_text() for rank in range(2)] == ["True 0", "True 0"]
 
 
 def test_an_error_of_the_first_rank_ends_all_alike(out):

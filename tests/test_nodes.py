@@ -143,6 +143,7 @@ def test_ddp_on_two_disks_goes_on_once_the_run_is_on_both(nodes):
         assert torch.equal(tensor, weights(other / "stages" / last)[name])
 
 
+@pytest.mark.slow
 def test_rows_that_the_first_node_makes_come_to_every_disk(nodes, ending_model_dir):
     prompts = [{"prompt": f"w{n} w{n + 7} w{n + 3}"} for n in range(24)]
     for folder in nodes:

@@ -149,7 +149,7 @@ def stand_in(monkeypatch, tmp_path) -> Path:
     return tmp_path / "starts"
 
 
-@pytest.mark.parametrize("kind", ["resident", "lora"])
+@pytest.mark.parametrize("kind", ["resident", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_around_vllm_has_the_bits_of_one_by_the_policy(kind, out, stand_in, ending_model_dir, monkeypatch):
     held = []
 
@@ -190,6 +190,7 @@ def test_a_run_around_vllm_has_the_bits_of_one_by_the_policy(kind, out, stand_in
         assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_and_other_settings_make_rows_anew(out, stand_in, ending_model_dir, monkeypatch):
     def go(utilization=0.9, **given):
         chosen = VLLMPairGenerator(python=sys.executable, gpu_memory_utilization=utilization)
@@ -221,6 +222,7 @@ def test_generators_that_cannot_be_used_are_refused_at_once(out, ending_model_di
         train(out, str(ending_model_dir), out / "run", None, [sampled(out)], **arguments)
 
 
+@pytest.mark.slow
 def test_a_process_stays_for_a_with_and_sees_the_cards_of_the_run(stand_in, ending_model_dir, monkeypatch):
     settings = VLLMSettings(python=sys.executable)
     with VLLMGenerator(ending_model_dir, settings) as generator:
@@ -248,6 +250,7 @@ with VLLMGenerator(sys.argv[1], VLLMSettings(python=sys.executable)) as generato
 """
 
 
+@pytest.mark.slow
 def test_nothing_stays_behind_a_process_that_was_killed(stand_in, ending_model_dir):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     asking = subprocess.Popen([sys.executable, "-c", ASKS, str(ending_model_dir)], **pipes)
