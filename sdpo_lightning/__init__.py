@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # For type checkers; the same as `_HOMES`.
     from sdpo_lightning.data.new_pairs import PairSource as PairSource
     from sdpo_lightning.data.new_pairs import SampledPairs as SampledPairs
     from sdpo_lightning.data.pacing import Pacing as Pacing
+    from sdpo_lightning.data.pair_generators import PairGenerator as PairGenerator
+    from sdpo_lightning.data.pair_generators import VLLMPairGenerator as VLLMPairGenerator
     from sdpo_lightning.data.partitions import Partition as Partition
     from sdpo_lightning.export import StageExport as StageExport
     from sdpo_lightning.external_reference import CachedExternalReference as CachedExternalReference
@@ -83,6 +85,8 @@ _HOMES = {
     "Pacing": "data.pacing",
     "PairSource": "data.new_pairs",
     "SampledPairs": "data.new_pairs",
+    "PairGenerator": "data.pair_generators",
+    "VLLMPairGenerator": "data.pair_generators",
     "Chunk": "types",
     "Stage": "types",
     "StageSettings": "types",

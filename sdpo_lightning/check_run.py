@@ -26,6 +26,7 @@ from sdpo_lightning.data.loader import PairStore
 from sdpo_lightning.data.new_pairs import read_pair_sources
 from sdpo_lightning.data.overlap import read_evaluation
 from sdpo_lightning.data.pacing import read_pacing
+from sdpo_lightning.data.pair_generators import read_pair_generator
 from sdpo_lightning.data.partitions import read_partition
 from sdpo_lightning.data.passes import Passes, plan_stages
 from sdpo_lightning.data.prepare import Preparation, SourceReport, hold_out, load_tokenizer, prepare_sources
@@ -162,6 +163,7 @@ def _data_module(data: Config) -> CurriculumDataModule:
     given["partition"] = read_partition(data["partition"])
     given["pacing"] = read_pacing(data.get("pacing"))
     given["pair_sources"] = read_pair_sources(data["pair_sources"])
+    given["pair_generator"] = read_pair_generator(data.get("pair_generator"))
     return CurriculumDataModule(**given | {"stage_settings": read_stage_settings(data["stage_settings"])})
 
 
@@ -252,7 +254,7 @@ def _stages(
     trainer, limit = config["trainer"], config["trainer"].get("limit_train_batches")
     ids = {report.name: report.chunk_ids for report in reports}
     scores = module.staging.row_scores(store.numbers, {report.name: report.train_ids for report in reports})
-    module.made.check_ranks(count_ranks(trainer))
+    module.made.check_files()
     chunks = module.staging.cut(module.staging.groups, ids, scores) + module.made.chunks()
     passes = Passes(
         store,

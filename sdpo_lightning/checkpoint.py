@@ -189,7 +189,7 @@ class StageCheckpoint(ModelCheckpoint):
         asked = trainer.strategy.reduce_boolean_decision(STOP.signal is not None, all=False)
         if stops or ((asked or ends) and self._last_global_step_saved != trainer.global_step):
             assert self.dirpath is not None
-            _settle_all(trainer)
+            settle_all(trainer)
             name = f"{'stage-end' if ends else 'stopped'}-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(Path(self.dirpath) / name)
             self._last_global_step_saved = trainer.global_step
@@ -207,7 +207,7 @@ class StageCheckpoint(ModelCheckpoint):
     # ---- saves in the background
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        _settle_all(trainer)
+        settle_all(trainer)
         if self.writes is None:
             super()._save_checkpoint(trainer, filepath)
             return
@@ -327,7 +327,7 @@ def keep_patience_(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
             states[callback.state_key]["patience"] = callback.patience
 
 
-def _settle_all(trainer: pl.Trainer) -> None:
+def settle_all(trainer: pl.Trainer) -> None:
     """One save at a time, whoever makes it: each looks at what is there, for its number."""
     for callback in (saver for saver in trainer.checkpoint_callbacks if isinstance(saver, StageCheckpoint)):
         callback.settle(trainer)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_lightning.backbone import CausalBackbone, state_digest, weights_digest
@@ -112,6 +113,10 @@ class ExternalReference(OutsideReference):
         """Digest of its weights."""
         assert self._model is not None
         return _digest(self._model, self.quantization)
+
+    def models(self) -> Sequence[nn.Module]:
+        """The external model. Of a quantised one the scales stay where they are."""
+        return [] if self._model is None else [self._model]
 
 
 class CachedExternalReference(OutsideReference):

@@ -138,14 +138,21 @@ class FolderGenerator(Generator):
         batch_size: answers that are drawn at a time.
         device: where it runs; default: a GPU where there is one.
         dtype: of its weights; default: bfloat16 on a GPU, else float32.
+        context: entered around each call of the model, for autocast.
     """
 
     def __init__(
-        self, folder: str | Path, batch_size: int = 8, device: str | None = None, dtype: str | None = None
+        self,
+        folder: str | Path,
+        batch_size: int = 8,
+        device: str | None = None,
+        dtype: str | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._folder, self._batch_size = str(folder), batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype = dtype or ("bfloat16" if self._device.startswith("cuda") else "float32")
+        self._context = context
         self._loaded: TransformersGenerator | None = None
 
     @property
@@ -169,7 +176,7 @@ class FolderGenerator(Generator):
             except (OSError, ValueError, ImportError) as error:
                 raise ConfigurationError(f"no model in {self._folder!r}: {str(error).splitlines()[0]}") from error
             moved = model.to(self._device)
-            self._loaded = TransformersGenerator(moved, tokenizer, self._batch_size, self._folder)
+            self._loaded = TransformersGenerator(moved, tokenizer, self._batch_size, self._folder, self._context)
         return self._loaded.generate(prompts, sampling)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     """
     if not dist.is_initialized():
         return make()
-    told: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    told: list[tuple[Result | None, Exception | SystemExit | None]] = [(None, None)]
     if is_first():
         try:
             told = [(make(), None)]
@@ -45,7 +45,9 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def together(make: Callable[[], Result] | None) -> list[Result | None]:
+def together(
+    make: Callable[[], Result] | None, between: Callable[[], object] | None = None
+) -> list[Result | None]:
     """What each rank makes, on every rank, however long it takes and whoever takes longest.
 
     The ranks ask each other every few seconds, so no collective ever waits long. Where there are several processes,
@@ -53,12 +55,14 @@ def together(make: Callable[[], Result] | None) -> list[Result | None]:
 
     Args:
         make: of this rank; its result goes over the wire, so keep it small. None where this rank only waits.
+        between: called on every rank after each question, where there are several; may be a collective.
 
     Returns:
         The results by rank; None of a rank that only waited.
 
     Raises:
-        Exception: what the first rank to fail raised, on all ranks and while the others are still at work.
+        Exception: what the first rank to fail raised, on all ranks and while the others are still at work; SystemExit
+            too.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [make() if make is not None else None]
@@ -72,6 +76,8 @@ def together(make: Callable[[], Result] | None) -> list[Result | None]:
                 raise state.error
         if all(state.done for state in states):
             return [state.result for state in states]
+        if between is not None:
+            between()
         wait = min(2 * wait, _LONGEST_WAIT)
 
 
@@ -93,7 +99,7 @@ def side_by_side(make: Callable[[], Result]) -> Result:
 class _State(Generic[Result]):
     done: bool = False
     result: Result | None = None
-    error: Exception | None = None
+    error: Exception | SystemExit | None = None
 
 
 class _Work(Generic[Result]):
@@ -110,7 +116,7 @@ class _Work(Generic[Result]):
         try:
             if self._make is not None:
                 self._state = _State(True, self._make())
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             self._state = _State(True, error=_portable(error))
         finally:
             self._ended.set()
@@ -121,7 +127,7 @@ class _Work(Generic[Result]):
         return self._state
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: Exception | SystemExit) -> Exception | SystemExit:
     """The error, or its text where it can't go over the wire: else the other ranks would wait for it."""
     try:
         pickle.loads(pickle.dumps(error))

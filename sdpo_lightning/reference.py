@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdpo_lightning.backbone import CausalBackbone, copy_weights_, weights_digest
 from sdpo_lightning.logp_tables import ComputeLogps, cache_key, known_logps, read_table, score_pairs, write_table
@@ -159,6 +159,10 @@ class ReferencePolicy(ABC):
         """Digest of the weights that give the logps, or None where there are no weights."""
         return None
 
+    def models(self) -> Sequence[nn.Module]:
+        """What it holds beside the policy: set aside while another process needs the memory. Default: nothing."""
+        return []
+
 
 class ResidentReference(ReferencePolicy):
     """A second, frozen copy of the model in memory: one forward a pair an epoch.
@@ -210,6 +214,10 @@ class ResidentReference(ReferencePolicy):
     def digest(self) -> str | None:
         """Digest of the frozen copy."""
         return weights_digest(self.model)
+
+    def models(self) -> Sequence[nn.Module]:
+        """The frozen copy, once it is there."""
+        return [] if self._model is None else [self._model]
 
 
 class CachedReference(ReferencePolicy):

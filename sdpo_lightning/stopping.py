@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -69,6 +69,15 @@ class StopRequest:
         """
         if self.signal is not None:
             self.leave_a_pass()
+
+    def hear_of(self, signals: Iterable[int | None]) -> None:
+        """Take what another rank has received for one's own.
+
+        Args:
+            signals: of all ranks.
+        """
+        if self.signal is None:
+            self.signal = next((number for number in signals if number is not None), None)
 
     def leave_a_pass(self) -> NoReturn:
         """Exit where nothing is to be kept.

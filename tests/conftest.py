@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from helpers import WORDS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sdpo_lightning.ranks import leave_group
 from sdpo_lightning.report_command import draw_run
@@ -112,4 +113,13 @@ def tiny_model_dir(tiny_tokenizer, tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ending_model_dir(tiny_model_dir, tiny_tokenizer, tmp_path_factory) -> Path:
+    """The tiny model, which also ends an answer at the words w20 ... w59: most are whole within six tokens."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("ending") / "tiny")
+    ends = [tiny_tokenizer.eos_token_id, *tiny_tokenizer.convert_tokens_to_ids(WORDS[20:])]
+    GenerationConfig(eos_token_id=ends, pad_token_id=tiny_tokenizer.pad_token_id).save_pretrained(folder)
     return folder

@@ -44,7 +44,9 @@ def train() -> None:
         else:
             made = getattr(sdpo_lightning, reference)()
             fit(Path(run), "model", sources, reference=made, trainer_args=trainer, **data)
-        dist.barrier()
+        # The command line has left the group.
+        if dist.is_initialized():
+            dist.barrier()
     except SystemExit as stop:
         code = stop.code
     except Exception:  # noqa: BLE001

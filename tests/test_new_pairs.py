@@ -15,7 +15,7 @@ import torch
 import yaml
 from helpers import WORDS, make_rows, write_jsonl
 from runs import assert_same_weights, fit, losses
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from sdpo_lightning import CachedReference, PairSource, PreferenceSource, SampledPairs, StageCheckpoint
 from sdpo_lightning.backbone import load_policy, weights_digest
@@ -120,13 +120,9 @@ def test_prompts_and_scorers_that_cannot_be_used_are_named(tmp_path):
 # ---- in a run
 
 
-@pytest.fixture(scope="module")
-def model_dir(tiny_model_dir, tiny_tokenizer, tmp_path_factory) -> Path:
-    """The tiny model, which also ends an answer at the words w20 ... w59: most are whole within six tokens."""
-    folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("ending") / "tiny")
-    ends = [tiny_tokenizer.eos_token_id, *tiny_tokenizer.convert_tokens_to_ids(WORDS[20:])]
-    GenerationConfig(eos_token_id=ends, pad_token_id=tiny_tokenizer.pad_token_id).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model_dir(ending_model_dir) -> Path:
+    return ending_model_dir
 
 
 @pytest.fixture
@@ -358,10 +354,8 @@ def test_the_verbs_know_of_stages_whose_pairs_are_made(tmp_path, model_dir, sour
         assert caught.value.code == 2 and "none.jsonl" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused():
+def test_places_are_known_before_the_pairs_are():
     made = MadePairs([Drawn("own", 2)], ["a"], by_tokens=False, on_changed_rows="error")
-    with pytest.raises(ConfigurationError, match="with 2 processes"):
-        made.check_ranks(2)
     assert made.chunks()[0].pair_ids == [1 << 40, (1 << 40) + 1]
     own = {"class_path": "mine.Source", "init_args": {"name": "x", "num_pairs": 3, "other": 1}}
     assert read_pair_sources([own]) == [DeclaredPairs("x", 3)] and read_pair_sources(None) == []

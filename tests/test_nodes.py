@@ -141,3 +141,24 @@ def test_ddp_on_two_disks_goes_on_once_the_run_is_on_both(nodes):
     assert last.startswith("02-")
     for name, tensor in weights(run / "stages" / last).items():
         assert torch.equal(tensor, weights(other / "stages" / last)[name])
+
+
+@pytest.mark.slow
+def test_rows_that_the_first_node_makes_come_to_every_disk(nodes, ending_model_dir):
+    prompts = [{"prompt": f"w{n} w{n + 7} w{n + 3}"} for n in range(24)]
+    for folder in nodes:
+        shutil.rmtree(folder / "model")
+        shutil.copytree(ending_model_dir, folder / "model")
+        write_jsonl(folder / "prompts.jsonl", prompts)
+    given = {"name": "new", "num_pairs": 4, "prompts": "prompts.jsonl", "scorer": "made_script.by_words"}
+    made = {"class_path": "sdpo_lightning.SampledPairs", "init_args": given | {"max_new_tokens": 6}}
+    # What an earlier try left on the second disk isn't taken.
+    write_jsonl(nodes[1] / "run" / "new_pairs" / "03-new.jsonl", [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}])
+    options = [f"--data.pair_sources={json.dumps([made])}", "--trainer.log_every_n_steps=1"]
+    for code, errors in _start(nodes, "run", "ddp", "ResidentReference", *options):
+        assert code == 0, errors[-2000:]
+    rows, others = ((folder / "run" / "new_pairs" / "03-new.jsonl").read_bytes() for folder in nodes)
+    assert rows == others and rows.count(b"\n") >= 4
+    assert (nodes[1] / "run" / "stale" / "03-new.jsonl").exists() and not (nodes[1] / "run" / "stages").exists()
+    # 7 / 2 a source, 4 / 2.
+    assert len(losses(nodes[0] / "run")) == 4 + 4 + 2

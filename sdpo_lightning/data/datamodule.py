@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from sdpo_lightning.checkpoint import settle_all
 from sdpo_lightning.data.collate import LongPromptRule, PaddedCollator, PairTokenizer, PreferenceCollator
 from sdpo_lightning.data.curriculum import check_numbers, stage_of_epoch
 from sdpo_lightning.data.declaration import PreferenceSource
@@ -24,6 +25,7 @@ from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.made_pairs import MadePairs
 from sdpo_lightning.data.new_pairs import PairSource
 from sdpo_lightning.data.pacing import Pacing
+from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.data.pair_lists import PairLists
 from sdpo_lightning.data.partitions import Partition
 from sdpo_lightning.data.passes import Batching, Passes, plan_stages
@@ -77,6 +79,7 @@ class CurriculumDataModule(PairLists):
         tokenizer: folder or hub name; default: the model's.
         num_proc: processes that tokenise a large source; default: by its rows and the CPUs. 1 is this one.
         pair_sources: a stage each, behind all others, whose pairs M_{t-1} helps to make just before it.
+        pair_generator: what samples for them; none: the policy in memory, by transformers.
 
     Raises:
         ConfigurationError: names, shares and numbers that don't fit together.
@@ -120,27 +123,24 @@ class CurriculumDataModule(PairLists):
         ranked_by: RankedBy = "first",
         pacing: Pacing | None = None,
         pair_sources: list[PairSource] | None = None,
+        pair_generator: PairGenerator | None = None,
     ) -> None:
-        names = [source.name for source in sources]
-        self.made: MadePairs = MadePairs(pair_sources or [], names, batch_tokens is not None, on_changed_rows)
+        names, by_tokens = [source.name for source in sources], batch_tokens is not None
+        self.made: MadePairs = MadePairs(pair_sources or [], names, by_tokens, on_changed_rows, pair_generator)
         super().__init__(sources, rank_sample, seed, self.made.names)
         groups, own = stages or [[name] for name in names], stage_settings or {}
         passes = (merge_ties, epochs_per_stage, own, seed, pacing is not None, ranked_by, self.made.names)
         self.staging = Staging(names, groups, partition, order, *passes)
-        check_stage_settings(own, self.staging.names(), names if merge_ties else [], batch_tokens is not None)
-        self.difficulty = difficulty
-        self.difficulty_reference = difficulty_reference
+        check_stage_settings(own, self.staging.names(), names if merge_ties else [], by_tokens)
+        self.difficulty, self.difficulty_reference = difficulty, difficulty_reference
         rows = (batch_size, batch_tokens, bucket_window, pad_to_multiple_of, shuffle, seed, pacing)
         self.batching: Batching = Batching(*rows)
-        self.max_length = max_length
+        self.max_length, self.val_fraction = max_length, val_fraction
         self.layout: LayoutName = layout
-        self.on_bad_row = on_bad_row
         self.on_long_prompt: LongPromptRule = on_long_prompt
         self.on_changed_rows: ChangedRowsRule = on_changed_rows
         self.on_val_overlap: OverlapRule = on_val_overlap
-        self.val_fraction = val_fraction
-        self.tokenizer_name = tokenizer
-        self.num_proc = num_proc
+        self.tokenizer_name, self.num_proc, self.on_bad_row = tokenizer, num_proc, on_bad_row
         self.source_order: list[str] = []
         # What was accepted against the rules, in words: for ledger and cards.
         self.accepted: list[str] = []
@@ -265,7 +265,7 @@ class CurriculumDataModule(PairLists):
             self._chunks, decision = rank_again(self.trainer, self._chunks, stage.index)
             self._decided, self._decisions = stage.index, [*self._decisions, decision]
             stage = self.stages()[stage.index - 1]
-        self.made.provide(self.trainer, self.stages(), stage, self._how)
+        self.made.provide(self.trainer, self.stages(), stage, self._how, settle_all)
         epoch = self.trainer.current_epoch - stage.first_epoch
         return self._passes(self.collator).under(stage.settings).training(stage, epoch)
 

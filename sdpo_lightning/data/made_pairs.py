@@ -1,7 +1,8 @@
 """Rank 5: stages whose pairs M_{t-1} helps to make: made once, kept in the run directory, found there again.
 
 `new_pairs/0t-NAME.jsonl` has the rows, `.json` beside it what they were made with. A checkpoint of stage t or later has
-the digest of the tokenised pairs, and takes nothing else.
+the digest of the tokenised pairs, and takes nothing else. Of several ranks the first makes the rows, and what only it
+can know it tells the others; then each reads the file.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,14 +25,18 @@ from datasets import Dataset, concatenate_datasets
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.data.declaration import PreferenceSource
 from sdpo_lightning.data.loader import PairStore
+from sdpo_lightning.data.model_before import model_before
 from sdpo_lightning.data.new_pairs import PairSource
+from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.data.pair_lists import data_of
 from sdpo_lightning.data.prepare import Preparation, build_source
 from sdpo_lightning.failpoints import failpoint
-from sdpo_lightning.files import file_digest, publish, write_json
-from sdpo_lightning.generation_transformers import TransformersGenerator
+from sdpo_lightning.files import file_digest, write_json
+from sdpo_lightning.generation import Generator
 from sdpo_lightning.ledger import set_aside
+from sdpo_lightning.publishing import write_text
 from sdpo_lightning.random_states import random_states_kept
+from sdpo_lightning.ranks import from_every_rank, from_first_rank, is_first, side_by_side, together
 from sdpo_lightning.run_parts import stage_module
 from sdpo_lightning.stopping import STOP
 from sdpo_lightning.strategy import sharding_of
@@ -46,6 +53,7 @@ class MadePairs:
         taken: names of the sources that are read, whose number is the first place of these in pair ids.
         by_tokens: whether `data.batch_tokens` is given.
         on_changed_rows: of the data module.
+        generator: what samples; None is the policy itself.
 
     Attributes:
         digests: stage name -> digest of the tokenised pairs, of the stages that have been provided.
@@ -55,9 +63,15 @@ class MadePairs:
     """
 
     def __init__(
-        self, sources: Sequence[PairSource], taken: Sequence[str], by_tokens: bool, on_changed_rows: str
+        self,
+        sources: Sequence[PairSource],
+        taken: Sequence[str],
+        by_tokens: bool,
+        on_changed_rows: str,
+        generator: PairGenerator | None = None,
     ) -> None:
         self.sources = list(sources)
+        self.generator = generator
         self._first = len(taken)
         self.digests: dict[str, str] = {}
         self._expected: dict[str, str] = {}
@@ -98,26 +112,28 @@ class MadePairs:
         """Refuse what would end the run later.
 
         Raises:
-            ConfigurationError: several processes, sharded weights, or sources whose files aren't there.
+            ConfigurationError: sources whose files aren't there, or a generator that isn't there or can't read M_{t-1}.
         """
-        self.check_ranks(trainer.world_size)
-        if self.sources and sharding_of(trainer.strategy) is not None:
-            raise ConfigurationError("`data.pair_sources`: `generate` doesn't run on sharded weights; use one device")
+        self.check_files()
+        if not self.sources or self.generator is None:
+            return
+        module = trainer.lightning_module
+        if module.quantization is not None or (module.lora is not None and sharding_of(trainer.strategy) is not None):
+            what = "`model.quantization`" if module.quantization is not None else "`model.lora` and sharded weights"
+            raise ConfigurationError(
+                f"`data.pair_generator` with {what}: adapters can't be merged into M_{{t-1}} for it; leave "
+                "`data.pair_generator` out, and transformers sample"
+            )
+        from_first_rank(self.generator.check)
 
-    def check_ranks(self, world_size: int) -> None:
+    def check_files(self) -> None:
         """What of it can be seen without a Trainer.
 
-        Args:
-            world_size: processes.
-
         Raises:
-            ConfigurationError: several, or sources whose files aren't there.
+            ConfigurationError: sources whose files aren't there, or a generator for none.
         """
-        if self.sources and world_size > 1:
-            raise ConfigurationError(
-                f"`data.pair_sources` with {world_size} processes: pairs are made by one process only; use one "
-                "device, or make the pairs beforehand and give them as a source"
-            )
+        if self.generator is not None and not self.sources:
+            raise ConfigurationError("`data.pair_generator` without `data.pair_sources`: leave it out")
         self.settings()
 
     def begun(self, names: Sequence[str]) -> dict[str, str]:
@@ -132,14 +148,24 @@ class MadePairs:
         """Take nothing but these pairs for the stages that a checkpoint has begun."""
         self._expected = dict(digests)
 
-    def provide(self, trainer: pl.Trainer, stages: Sequence[Stage], current: Stage, how: Preparation) -> None:
+    def provide(
+        self,
+        trainer: pl.Trainer,
+        stages: Sequence[Stage],
+        current: Stage,
+        how: Preparation,
+        settle: Callable[[pl.Trainer], None],
+    ) -> None:
         """Have the pairs of all stages up to this one in the store. The policy is M_{t-1} when stage t's are made.
+
+        A collective.
 
         Args:
             trainer: of the run.
             stages: the plan.
             current: the stage about to begin, or under way.
             how: tokenizer and limits.
+            settle: called before the model is written or set aside: a save in the background may be reading it.
 
         Raises:
             ConfigurationError: too few rows.
@@ -154,10 +180,11 @@ class MadePairs:
             making = _Making(source, index, path, replace(how, num_proc=1, on_bad_row="drop"))
             expected = self._expected.get(source.name)
             if expected is None:
-                making.make_or_find(trainer, stage.index)
-            elif not path.exists():
+                making.make_or_find(trainer, stage.index, self.generator, settle)
+            elif not from_first_rank(path.exists):
                 raise ResumeError(f"{path} is gone, with the pairs that stage {stage.index} began with; restore it")
-            store.add([making.declared_pairs()])
+            making.bring_to_nodes(trainer)
+            store.add([side_by_side(making.declared_pairs)])
             digest = store.digest(list(stage.pair_ids))
             if expected is not None and digest != expected:
                 raise ResumeError(
@@ -174,33 +201,52 @@ class _Making:
         self._source, self._index, self._path, self._how = source, index, path, how
         self._note = path.with_suffix(".json")
 
-    def make_or_find(self, trainer: pl.Trainer, stage_index: int) -> None:
-        """Leave rows that the policy has made by these settings, unless they are there."""
-        policy = stage_module(trainer.lightning_module).trained
-        tokenizer = data_of(trainer).tokenizer
+    def make_or_find(
+        self,
+        trainer: pl.Trainer,
+        stage_index: int,
+        chosen: PairGenerator | None,
+        settle: Callable[[pl.Trainer], None],
+    ) -> None:
+        """Leave rows that M_{t-1} has made by these settings, unless they are there. A collective."""
+        name, root = f"M_{stage_index - 1}", Path(trainer.default_root_dir)
         made_with = {
-            "model": f"M_{stage_index - 1}",
-            "weights_sha256": weights_digest(policy),
+            "model": name,
+            "weights_sha256": weights_digest(stage_module(trainer.lightning_module).trained),
             "settings": self._source.settings(),
             "max_length": self._how.tokenize.max_length,
+            # Notes of before have none.
+            **({} if chosen is None else {"generator": chosen.settings()}),
         }
+        if from_first_rank(lambda: self._finds(root, made_with, stage_index)):
+            return
+        settle(trainer)
+        log.info("stage %d %r: %s makes %d pairs", stage_index, self._source.name, name, self._wanted)
+        folder = self._path.with_name(f".{self._path.stem}.model.tmp")
+        with model_before(trainer, data_of(trainer).tokenizer, name, folder, chosen) as answering:
+            make = (lambda: self._make(answering, stage_index, made_with)) if is_first() else None
+            together(make, lambda: STOP.hear_of(from_every_rank(STOP.signal)))
+
+    def _finds(self, root: Path, made_with: Mapping[str, Any], stage_index: int) -> bool:
+        """Whether the rows are there; others are moved away."""
         if self._path.exists() and self._note.exists():
             note = json.loads(self._note.read_text())
             if note["made_with"] == made_with and note["file_sha256"] == file_digest(self._path):
                 log.info("stage %d %r: rows of %s are there", stage_index, self._source.name, self._path)
-                return
+                return True
             log.warning("%s was made with other weights or settings: moved to stale/", self._path)
         for path in (self._path, self._note):
-            set_aside(Path(trainer.default_root_dir), path)
-        generator = TransformersGenerator(
-            policy.model,
-            tokenizer,
-            name=f"M_{stage_index - 1}",
-            context=trainer.precision_plugin.forward_context,
-        )
-        log.info("stage %d %r: M_%d makes %d pairs", stage_index, self._source.name, stage_index - 1, self._wanted)
+            set_aside(root, path)
+        return False
+
+    def _make(
+        self,
+        answering: Callable[[], AbstractContextManager[Generator]],
+        stage_index: int,
+        made_with: Mapping[str, Any],
+    ) -> None:
         # A run that goes on finds the rows, and draws nothing: neither may a scorer of this one shift what follows.
-        with random_states_kept():
+        with random_states_kept(), answering() as generator:
             rows, reasons = self._take(generator, stage_index)
         self._write(rows)
         failpoint("after_new_pairs")
@@ -209,11 +255,24 @@ class _Making:
         if reasons:
             log.warning("stage %d %r: no pair from %s", stage_index, self._source.name, _listed(reasons))
 
+    def bring_to_nodes(self, trainer: pl.Trainer) -> None:
+        """Have the first node's files on every node that doesn't share its disk. A collective."""
+        if trainer.num_nodes == 1:
+            return
+        for path in (self._path, self._note):
+            digest = from_first_rank(partial(_digest_if_there, path))
+            lacks = digest is not None and _digest_if_there(path) != digest
+            if not any(from_every_rank(lacks)):
+                continue
+            content = from_first_rank(path.read_bytes)
+            writes = lacks and trainer.local_rank == 0
+            together(partial(_take_over, trainer, path, content) if writes else None)
+
     @property
     def _wanted(self) -> int:
         return self._source.num_pairs
 
-    def _take(self, generator: TransformersGenerator, stage_index: int) -> tuple[list[dict[str, Any]], Counter[str]]:
+    def _take(self, generator: Generator, stage_index: int) -> tuple[list[dict[str, Any]], Counter[str]]:
         """Rows until enough of them can be trained on, or there are no more; and counted reasons for none."""
         rows: list[dict[str, Any]] = []
         reasons: Counter[str] = Counter()
@@ -236,10 +295,7 @@ class _Making:
         return rows, reasons
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        staging = self._path.with_name(f".{self._path.name}.tmp")
-        staging.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        publish(staging, self._path)
+        write_text(self._path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _tokenised(self) -> tuple[list[dict[str, Any]], Any, dict[str, int]]:
         """What can be trained on, its columns, and dropped rows by reason."""
@@ -275,5 +331,15 @@ class _Making:
         return Dataset.from_list(renumbered, features=features)
 
 
+def _take_over(trainer: pl.Trainer, path: Path, content: bytes) -> None:
+    set_aside(Path(trainer.default_root_dir), path)
+    write_text(path, content.decode())
+    log.info("%s is a copy of the first node's", path)
+
+
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing"
+
+
+def _digest_if_there(path: Path) -> str | None:
+    return file_digest(path) if path.exists() else None
