@@ -155,15 +155,13 @@ def measure(config: Path, cpu: int | None = 0, returns: bool = False) -> float:
     return float(lines[-1].split()[1])
 
 
-def estimated(config: Path) -> tuple[float, float]:
-    """Peak of the largest stage by the arithmetic, in MiB: as a process takes it, and of what exists alone."""
+def estimated(config: Path) -> float:
+    """Peak of the largest stage by the arithmetic, in MiB."""
     from sdpo_lightning.cli import EstimateCLI
-    from sdpo_lightning.estimate import HELD, moments
+    from sdpo_lightning.estimate import moments
 
     cli = EstimateCLI(args=["--config", str(config)], run=False)
-    found = [moment for stage in cli.loads for moment in moments(cli.sizes, stage)]
-    live = max(moment.total - moment.rows.get(HELD, 0.0) for moment in found)
-    return max(moment.total for moment in found) / 2**20, live / 2**20
+    return max(moment.total for stage in cli.loads for moment in moments(cli.sizes, stage)) / 2**20
 
 
 def main() -> None:
@@ -199,7 +197,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Estimated and measured peaks of one setting, in MiB."""
     with tempfile.TemporaryDirectory() as scratch:
         config = write_setting(name, Path(scratch), options.pairs)
-        whole, live = estimated(config)
+        expected = estimated(config)
         measured: dict[str, list[float]] = {"default": [], "returns": []}
         for number in range(options.rounds):
             for kind in measured if number == 0 else ("default",):
@@ -208,8 +206,8 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 measured[kind].append(measure(config, options.cpu, kind == "returns"))
                 print(number, name, kind, measured[kind][-1], flush=True)
     median, once = statistics.median(measured["default"]), measured["returns"][0]
-    ratios = {"estimate_over_measured": round(whole / median, 3), "live_over_returns": round(live / once, 3)}
-    return {"estimated": whole, "estimated_live": live, "measured": measured, **ratios}
+    ratios = {"estimate_over_measured": round(expected / median, 3), "estimate_over_returns": round(expected / once, 3)}
+    return {"estimated": expected, "measured": measured, **ratios}
 
 
 if __name__ == "__main__":

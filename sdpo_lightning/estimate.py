@@ -1,7 +1,7 @@
 """Rank 4: the memory and the disk that a run will take, by arithmetic from sizes and settings. Bytes throughout.
 
 A peak is the largest of several moments: what exists then is summed. All that is said of a GPU is unmeasured; on a CPU
-`benchmarks/estimate.py` compares with measured peaks.
+`benchmarks/estimate.py` compares with measured peaks. Freed blocks that glibc keeps come on top there.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from sdpo_lightning.logprobs import ROWS
 GIB = 2**30
 # Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
 CPU_OVERHEAD = 64 * 2**20
-# glibc gives such blocks back to the system when they are freed; smaller ones stay in the heap (mallopt(3)).
-_RETURNED = 32 * 2**20
-HELD = "freed, not returned"
 # Not measured: context, cuBLAS workspaces, NCCL buffers.
 CUDA_OVERHEAD = 3 * GIB // 2
 
@@ -86,25 +83,12 @@ def moments(run: Run, stage: StageLoad) -> list[Moment]:
     passing = {"activations": longest.tokens * (shape.kept_layer + shape.kept_rest), "gradients": buckets}
     found.append(Moment("reference pass", resting | passing | {"logits and head": _head(run, longest, False)[0]}))
     if not run.cuda:
-        held = max(_held(run, load, *row[1:], twice) for row in rows)
-        saving = {HELD: held, "checkpoint in memory": checkpoint_bytes(run) if run.checkpoints else 0}
-        found.append(Moment("saving of a checkpoint", _resting(run) | saving | {"gradients": buckets}))
         found.append(Moment("loading", {"weights": 2 * run.weights, "overhead": float(CPU_OVERHEAD)}))
     return found
 
 
-def _held(run: Run, load: Load, gradients: float, kept: float, head: float, twice: float) -> float:
-    """Bytes of a moment that the heap of a CPU process keeps when they are freed: those in small blocks."""
-    head_weight = 4 * run.shape.head_parameters
-    if head_weight >= _RETURNED:
-        gradients = max(0.0, gradients - max(head_weight, twice))
-    if max(head_weight, min(load.targets * run.shape.vocab * run.number, run.logits_budget_mb * 2**20)) >= _RETURNED:
-        head = 0.0
-    return gradients + head + (kept if load.tokens * run.shape.widest * run.number < _RETURNED else 0.0)
-
-
 def checkpoint_bytes(run: Run) -> float:
-    """Size of a checkpoint: trained weights and optimizer states. Lightning makes it in memory, then writes it."""
+    """Size of a checkpoint: trained weights and optimizer states. It is written tensor by tensor, without a copy."""
     return (4.0 + run.optimizer.state) * run.trainable
 
 
@@ -122,10 +106,12 @@ def _resting(run: Run) -> dict[str, float]:
     """Bytes a rank between two steps."""
     states = 0.0 if run.optimizer.on_host and run.cuda else run.optimizer.state * run.trainable / run.shards
     reference = {"resident": run.base, "cached": 0.0, "adapter": 4.0 * run.trainable}[run.reference]
+    copies = checkpoint_bytes(run) / run.shards if run.background_saves and not run.cuda else 0.0
     return {
         "weights": run.weights / run.shards,
         "reference": reference / run.shards,
         "optimizer": states,
+        "checkpoint in writing": copies,
         "overhead": float(CUDA_OVERHEAD if run.cuda else CPU_OVERHEAD),
     }
 

@@ -67,6 +67,7 @@ def read_run(config: Mapping[str, Any], model_config: str | None = None) -> Run:
         lora=lora,
         quantization=_quantization(model.get("quantization")),
         checkpoints=_checkpoints(trainer, sum(_epochs(data))),
+        background_saves=any(arguments.get("writes") for arguments in _savers(trainer)),
         stages=len(_epochs(data)),
     )
 
@@ -164,11 +165,16 @@ def _optimizer(value: Any, cuda: bool) -> Optimizer:
 def _checkpoints(trainer: Mapping[str, Any], epochs: int) -> int:
     if trainer.get("enable_checkpointing") is False:
         return 0
-    callbacks = trainer.get("callbacks") or []
-    found = [_class_of(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
-    savers = [arguments for name, arguments in found if name.endswith("Checkpoint")] or [{}]
+    savers = _savers(trainer) or [{}]
     kept = [epochs if (top := a.get("save_top_k", 1)) == -1 else top + 1 + bool(a.get("save_last")) for a in savers]
     return sum(kept)
+
+
+def _savers(trainer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Arguments of each callback that saves checkpoints."""
+    callbacks = trainer.get("callbacks") or []
+    found = [_class_of(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    return [arguments for name, arguments in found if name.endswith("Checkpoint")]
 
 
 # ---- data

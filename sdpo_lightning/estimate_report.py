@@ -88,8 +88,9 @@ def host_bytes(run: Run, stage: StageLoad) -> dict[str, float]:
         "offloaded activations": run.ranks_a_node * offloaded_bytes(run, stage.load),
         "paged optimizer states": run.optimizer.state * run.trainable if run.optimizer.on_host else 0.0,
     }
-    # A gathered state and the file that Lightning makes of it in memory; a whole copy is written as it stands.
-    saving = checkpoint_bytes(run) * (2 if run.shards > 1 else 1) if run.checkpoints else 0.0
+    # Shards are copied from their devices before they are written; whole weights only for a save in the background.
+    copied = run.ranks_a_node / run.shards if run.shards > 1 else float(run.background_saves)
+    saving = checkpoint_bytes(run) * copied if run.checkpoints else 0.0
     loading = (1 if run.shards > 1 else run.ranks_a_node) * run.weights
     most = max((("loading", loading), ("a checkpoint", saving), ("an export", export_bytes(run))), key=lambda x: x[1])
     return rows | dict([most])

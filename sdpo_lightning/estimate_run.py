@@ -135,6 +135,7 @@ class Run:
         lora: adapters; None trains all weights.
         quantization: of the frozen linear layers.
         checkpoints: files kept at the same time, the one in writing included.
+        background_saves: checkpoints are copied, and written while training goes on.
         stages: exports M_1 ... M_T.
         pairs: rows of all reference tables; None if unknown.
     """
@@ -154,6 +155,7 @@ class Run:
     lora: Lora | None = None
     quantization: Literal["nf4", "int8"] | None = None
     checkpoints: int = 2
+    background_saves: bool = False
     stages: int = 1
     pairs: int | None = None
 

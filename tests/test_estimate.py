@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,15 @@ def test_disk_and_host():
     host = host_bytes(replace(run, cuda=True, ranks_a_node=8, ranks=8), stage_of())
     # Eight copies are read, more than a checkpoint of three.
     assert host["loading"] == 8 * 4 * PARAMETERS
+    # Shards are copied before they are written: on one node all of them, on two the half, 12 bytes a weight.
+    for nodes, copied in ((1, 12), (2, 6)):
+        sharded = replace(run, cuda=True, ranks=8 * nodes, ranks_a_node=8, shards=8 * nodes)
+        assert host_bytes(sharded, stage_of())["a checkpoint"] == copied * PARAMETERS
+    # A save in the background copies what it writes: to the host of a GPU, and on a CPU beside all else.
+    behind = replace(run, cuda=True, background_saves=True)
+    assert host_bytes(behind, stage_of())["a checkpoint"] == 12 * PARAMETERS
+    rows = moment_of(replace(run, background_saves=True), "optimizer step").rows
+    assert rows["checkpoint in writing"] == 12 * PARAMETERS
 
 
 def test_advice_is_the_difference_of_two_estimates():
@@ -384,7 +394,7 @@ def test_the_slurm_script_agrees_with_its_config():
 def test_what_exists_at_half_the_size(tmp_path):
     """With an allocator that keeps nothing: what it keeps otherwise is luck at this size."""
     config = benchmark.write_setting("recomputed", tmp_path, pairs=8, scale=2)
-    estimated, measured = benchmark.estimated(config)[1], benchmark.measure(config, cpu=None, returns=True)
+    estimated, measured = benchmark.estimated(config), benchmark.measure(config, cpu=None, returns=True)
     assert estimated / measured == pytest.approx(1, abs=0.15), (estimated, measured)
 
 
@@ -392,8 +402,12 @@ def test_what_exists_at_half_the_size(tmp_path):
 @pytest.mark.parametrize("setting", list(benchmark.SETTINGS))
 def test_measured_peaks(tmp_path, setting):
     config = benchmark.write_setting(setting, tmp_path, pairs=24)
-    estimated, measured = benchmark.estimated(config)[0], benchmark.measure(config, cpu=None)
-    assert estimated / measured == pytest.approx(1, abs=0.15), (estimated, measured)
+    estimated, exists = benchmark.estimated(config), benchmark.measure(config, cpu=None, returns=True)
+    assert estimated / exists == pytest.approx(1, abs=0.1), (estimated, exists)
+    # Freed blocks that glibc keeps.
+    shutil.rmtree(tmp_path / "run")
+    measured = benchmark.measure(config, cpu=None)
+    assert 0.95 < measured / estimated < 1.25, (estimated, measured)
 
 
 def test_the_tables_on_paper_are_what_the_arithmetic_gives():
