@@ -1,6 +1,6 @@
 """Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`.
 
-With `--memory` only the peaks of a2, fast and lean are measured and printed.
+With `--memory` only the peaks of a2, fast and lean are measured and printed, with `--stages` the times of one and eight.
 
 Each variant trains the same seeded pairs in a process of its own, pinned to one core; the variants alternate, and
 ratios are medians over the rounds. CPU time, not wall time. Memory is the peak above what the imports take.
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--memory", action="store_true", help="only the peaks of a2, fast and lean")
+    parser.add_argument("--stages", action="store_true", help="only the times of one and eight stages")
     for name in ("--variant", "--model", "--rows"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
@@ -309,6 +310,9 @@ def main() -> None:
         return
     if options.memory:
         print(json.dumps(memory(options.pairs, options.rounds), indent=2))
+        return
+    if options.stages:
+        print(json.dumps(stages(options.pairs, options.rounds), indent=2))
         return
     with tempfile.TemporaryDirectory() as scratch:
         runs = alternate(Path(scratch), options.pairs, options.rounds)
@@ -363,16 +367,29 @@ def alternate(scratch: Path, pairs: int, rounds: int) -> dict[str, list[dict]]:
 
 def memory(pairs: int, rounds: int) -> dict[str, list[float]]:
     """Peaks of a2, fast and lean in turn: their ratios, median, least and most, and the readings in MiB."""
+    runs = in_turn(("a2", "fast", "lean"), pairs, rounds)
+    ratios = {f"peak_{name}_vs_A2": ratio(runs, name, "a2", "peak_mb") for name in ("fast", "lean")}
+    return ratios | {name: [round(run["peak_mb"], 1) for run in found] for name, found in runs.items()}
+
+
+def stages(pairs: int, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds a pair of one and of eight stages in turn, on four times the pairs: ratios and readings."""
+    runs = in_turn(("one", "eight"), 4 * pairs, rounds)
+    seconds = {name: [round(run["seconds"], 4) for run in found] for name, found in runs.items()}
+    return {"stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"), **seconds}
+
+
+def in_turn(variants: tuple[str, ...], pairs: int, rounds: int) -> dict[str, list[dict]]:
+    """Variants on the same pairs, round after round."""
     with tempfile.TemporaryDirectory() as folder:
         model, rows = Path(folder) / "model", Path(folder) / "rows.json"
         make_model(model)
         rows.write_text(json.dumps(workload(pairs)))
-        runs: dict[str, list[dict]] = {"a2": [], "fast": [], "lean": []}
+        runs: dict[str, list[dict]] = {variant: [] for variant in variants}
         for _ in range(rounds):
             for variant, found in runs.items():
                 found.append(measure(variant, model, rows, 1))
-    ratios = {f"peak_{name}_vs_A2": ratio(runs, name, "a2", "peak_mb") for name in ("fast", "lean")}
-    return ratios | {name: [round(run["peak_mb"], 1) for run in found] for name, found in runs.items()}
+    return runs
 
 
 def versions() -> dict[str, str]:
