@@ -1,6 +1,7 @@
 """Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`.
 
-With `--memory` only the peaks of a2, fast and lean are measured and printed, with `--stages` the times of one and eight.
+With `--memory` only the peaks of a2, fast and lean are measured and printed, with `--stages` the times of one and
+eight stages.
 
 Each variant trains the same seeded pairs in a process of its own, pinned to one core; the variants alternate, and
 ratios are medians over the rounds. CPU time, not wall time. Memory is the peak above what the imports take.
