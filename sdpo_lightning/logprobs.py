@@ -79,8 +79,10 @@ def linear_token_logps(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else selected.dtype
     # The gradient goes to the weight itself, in its dtype: through the copy it would be rounded, and held twice more.
     copies = tuple(None if t is None else CASTS.cast(t, dtype).detach() for t in (head.weight, head.bias))
+    # Under `no_grad` autograd would still say that the weight needs a gradient, and logits would be kept for it.
+    trained = (head.weight, head.bias) if torch.is_grad_enabled() else copies
     settings = (scale, logits_budget_mb, collisions)
-    logps, repeated = _LinearLogps.apply(selected.to(dtype), head.weight, head.bias, copies, targets, settings)
+    logps, repeated = _LinearLogps.apply(selected.to(dtype), *trained, copies, targets, settings)
     return (torch.stack([logps, repeated]) if collisions else logps)[..., : len(batch.target_ids)]
 
 

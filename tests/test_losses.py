@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import get_scheduler
 
+from sdpo_lightning import logprobs
 from sdpo_lightning.data.collate import PaddedCollator, TokenizedPair
 from sdpo_lightning.logprobs import gather_logps, linear_token_logps, pair_logps, token_logps
 from sdpo_lightning.losses import dpo_loss, implicit_rewards
@@ -315,6 +316,21 @@ def test_fused_head_trains_only_what_asks_for_it():
     linear_token_logps(hidden, batch, head).sum().backward()
     assert head.weight.grad is None and head.bias.grad is None and hidden.grad.abs().max() > 0
     assert not linear_token_logps(hidden.detach(), batch, head).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_head_keeps_no_logits_without_gradients(dtype, monkeypatch):
+    kept = []
+    minus_one_hot = logprobs._minus_one_hot
+    monkeypatch.setattr(logprobs, "_minus_one_hot", lambda *given: kept.append(1) or minus_one_hot(*given))
+    batch, head, hidden = Positions(6, 11), torch.nn.Linear(4, 11), torch.randn(1, 6, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+        with torch.no_grad():
+            quiet = linear_token_logps(hidden, batch, head)
+        assert not kept
+        loud = linear_token_logps(hidden, batch, head)
+    # One block of rows, whose softmax becomes its gradient.
+    assert kept == [1] and torch.equal(quiet, loud.detach())
 
 
 def test_fused_head_gives_the_same_gradient_twice():
