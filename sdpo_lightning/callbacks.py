@@ -218,8 +218,8 @@ class StageTransition(JudgedStages):
             failpoint("after_open")
             if data_of(trainer).staging.ranked_by == "previous":
                 write_curriculum(trainer)
-        if stage.index > 1 or stage.settings.given():
-            # Those of stage 1 are made before the plan is.
+        if stage.index > 1 or stage.num_steps == 1 or stage.settings.given():
+            # Those of stage 1 are made before the plan is, as for a stage of many steps without settings.
             pl_module.zero_grad(set_to_none=True)
             trainer.strategy.setup_optimizers(trainer)
         check_optimizers(trainer, pl_module)

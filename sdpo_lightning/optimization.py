@@ -119,7 +119,7 @@ class StageOptimization(StageModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def _learning_rate_factor(self, step: int) -> float:
-        # Before the first stage only step 0 is asked for, which doesn't depend on the stage's length.
+        # Before the first stage only step 0 is asked for, which is the same for all lengths but 1: then it's made anew.
         num_steps = self.stage.num_steps if self.stage is not None else 10**6
         return learning_rate_factor(self.schedule, step, num_steps, warmup_steps(num_steps, self.warmup_ratio))
 

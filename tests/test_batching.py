@@ -434,6 +434,16 @@ def test_the_schedule_of_each_stage_ends_with_it(tmp_path, tiny_model_dir, sourc
         assert rates == pytest.approx(expected)
 
 
+def test_a_stage_of_one_step_trains_be_it_the_first(tmp_path, tiny_model_dir):
+    paths = [str(write_jsonl(tmp_path / f"{name}.jsonl", make_rows(2, seed, name))) for seed, name in enumerate("ab")]
+    sources = [PreferenceSource(name, path) for name, path in zip("ab", paths, strict=True)]
+    fit(tmp_path / "run", tiny_model_dir, sources, batch_size=2)
+    # No warm-up, and 1e-3 * (1 - 0) / 1.
+    assert [float(row["train/lr"]) for row in metrics(tmp_path / "run")] == [1e-3, 1e-3]
+    first = weights(next((tmp_path / "run" / "stages").glob("01-*")))
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in weights(tiny_model_dir).items())
+
+
 def run(run_dir, model_dir, sources, ckpt_path=None, accumulate=2, **data):
     return fit(
         run_dir,
