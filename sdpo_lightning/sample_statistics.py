@@ -116,7 +116,7 @@ class SampleStatistics(pl.Callback):
         if sharding_of(trainer.strategy) is not None:
             raise ConfigurationError(
                 "SampleStatistics with sharded weights, on which `generate` doesn't run; leave it out of "
-                "`callbacks_of(trainer)`, or use `trainer.strategy: ddp` or one device"
+                "`trainer.callbacks`, or use `trainer.strategy: ddp` or one device"
             )
         own = type(pl_module).compute_logps.__qualname__ != "DPOLitModule.compute_logps"
         logps = pl_module.logps
@@ -124,7 +124,7 @@ class SampleStatistics(pl.Callback):
             name = "an overridden `compute_logps`" if own else f"`model.logps: {logps}`"
             raise ConfigurationError(
                 f"SampleStatistics with {name}: a KL needs the plain sum over an answer's tokens; leave it out of "
-                "`callbacks_of(trainer)`"
+                "`trainer.callbacks`"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
