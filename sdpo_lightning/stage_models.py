@@ -200,7 +200,8 @@ class StageSamples(StageModels):
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, use_cache=True, eos_token_id=ends, pad_token_id=pad
         )
-        assert isinstance(model, GenerationMixin)
+        if not isinstance(model, GenerationMixin):
+            raise TypeError(f"{type(model).__name__} has no `generate`")
         was_training = policy.training
         policy.eval()
         try:

@@ -232,6 +232,16 @@ def test_what_goes_wrong_in_samples_and_report_ends_no_run(tmp_path, tiny_model_
     assert not (tmp_path / "samples.json").exists() and not (tmp_path / "report.html").exists()
 
 
+def test_a_model_without_generate_is_trained_all_the_same(tmp_path, tiny_model_dir, sources, monkeypatch, caplog):
+    class Other:
+        """Not what the model is."""
+
+    monkeypatch.setattr("sdpo_lightning.stage_models.GenerationMixin", Other)
+    fit(tmp_path, tiny_model_dir, sources, **ARGS)
+    assert "no sample answers of M_2: LlamaForCausalLM has no `generate`" in caplog.text
+    assert len(list((tmp_path / "stages").iterdir())) == 2
+
+
 def test_fit_leaves_a_report_at_its_end_only(tmp_path, tiny_model_dir, sources, run):
     page = (run / "report.html").read_text()
     for t in (0, 1, 2):
