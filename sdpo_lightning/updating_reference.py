@@ -7,7 +7,7 @@ a checkpoint holds it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,10 @@ class FollowingReference(ReferencePolicy):
     def digest(self) -> str | None:
         """Digest of the weights, of the base's too where they are an adapter."""
         return self.held.digest()
+
+    def models(self) -> Sequence[nn.Module]:
+        """The second model, once it is there; an adapter lies in the policy."""
+        return [] if self._held is None else self._held.models()
 
     def after_step(self, policy: CausalBackbone) -> None:
         """Follow."""

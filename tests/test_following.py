@@ -32,6 +32,7 @@ from sdpo_lightning import (
 )
 from sdpo_lightning.adapters import REFERENCE, adapter_state
 from sdpo_lightning.ranks import leave_group
+from sdpo_lightning.trainer_memory import memory_released
 from sdpo_lightning.types import ConfigurationError, SelfCheckError
 
 TESTS = Path(__file__).resolve().parent
@@ -300,6 +301,17 @@ class ReadsNoWeights(DPOLitModule):
 def test_what_adapters_cannot_do_is_refused_before_weights_load(tmp_path, tiny_model_dir, pairs, make, message):
     with pytest.raises(ConfigurationError, match=message):
         fit(tmp_path, tiny_model_dir, pairs, None, make(), module_class=ReadsNoWeights, module_args=KINDS["lora"])
+
+
+def test_what_follows_waits_with_the_trainers_memory(tmp_path, tiny_model_dir, pairs):
+    """A process that makes pairs finds its memory free, as with a ResidentReference."""
+    module = fit(tmp_path, tiny_model_dir, pairs, None, UpdatingReference(2), trainer_args={"max_steps": 1})[1]
+    held = list(module.reference.held.model.parameters())
+    before = [tensor.clone() for tensor in held]
+    with memory_released([module.policy, *module.reference.models()], [], torch.device("cpu")):
+        assert {tensor.untyped_storage().nbytes() for tensor in held} == {0}
+    assert all(map(torch.equal, held, before))
+    assert not UpdatingReference(2).models()
 
 
 @pytest.mark.parametrize(
