@@ -133,7 +133,7 @@ class StageOptimization(StageModule):
         CASTS.release()
         grads = [p.grad for p in self.trainable() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
-        # Of shards, torch may leave it unsummed over the ranks, and `item` would give each rank its own part (torch 2.9).
+        # torch 2.9 leaves that of shards unsummed over the ranks, and `item` gives each rank its own part.
         self.grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         self.learning_rate = optimizer.param_groups[0]["lr"]
         watched, self._watched = self._watched, []
