@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdpo_lightning.casts import CASTS
@@ -131,7 +132,9 @@ class StageOptimization(StageModule):
         """
         CASTS.release()
         grads = [p.grad for p in self.trainable() if p.grad is not None]
-        self.grad_norm = nn.utils.get_total_norm(grads).item()
+        norm = nn.utils.get_total_norm(grads)
+        # torch 2.9 leaves that of shards unsummed over the ranks, and `item` gives each rank its own part.
+        self.grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         self.learning_rate = optimizer.param_groups[0]["lr"]
         watched, self._watched = self._watched, []
         stops = not math.isfinite(self.grad_norm) or any(bool(bad.any()) for _, bad in watched)
