@@ -41,7 +41,8 @@ class FollowingReference(ReferencePolicy):
         # Optimizer steps of this stage.
         self._steps = 0
         self._moved = False
-        self._saved: dict[str, Tensor] = {}
+        # What a checkpoint held, until `restore`; None where none was read.
+        self._saved: dict[str, Tensor] | None = None
 
     @property
     def held(self) -> ResidentReference | AdapterReference:
@@ -113,7 +114,7 @@ class FollowingReference(ReferencePolicy):
         """Steps of the stage, and the weights once they are no M_t: shards where the model is cut."""
         if self._held is None:
             # Lightning may save before the first stage begins.
-            return dict(self._saved)
+            return dict(self._saved or {})
         state = {_STEPS: torch.tensor(self._steps)}
         if self._moved:
             state |= {_WEIGHTS + name: tensor for name, tensor in self.held.weights().items()}
@@ -125,7 +126,10 @@ class FollowingReference(ReferencePolicy):
 
     @torch.no_grad()
     def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
-        """Reload M_{t-1}, then write into it what the checkpoint held."""
+        """Reload M_{t-1}, then write into it what the checkpoint held, or where none was read what it is itself."""
+        read, self._saved = self._saved, None
+        # `validate` on a module that has trained; an adapter is read into the place where it is held.
+        saved = {name: t.clone() for name, t in self.state_dict().items()} if read is None else read
         began = load_weights()
         if isinstance(began, FrozenAdapter):
             adapter = AdapterReference()
@@ -136,7 +140,6 @@ class FollowingReference(ReferencePolicy):
             resident = ResidentReference(self.offload)
             resident.restore(lambda: began, stage, inputs)
             self._hold(resident)
-        saved, self._saved = self._saved, {}
         self._steps = int(saved.get(_STEPS, torch.tensor(0)))
         weights = {name.removeprefix(_WEIGHTS): t for name, t in saved.items() if name.startswith(_WEIGHTS)}
         self._moved = bool(weights)

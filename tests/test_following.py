@@ -303,6 +303,25 @@ def test_what_adapters_cannot_do_is_refused_before_weights_load(tmp_path, tiny_m
         fit(tmp_path, tiny_model_dir, pairs, None, make(), module_class=ReadsNoWeights, module_args=KINDS["lora"])
 
 
+@pytest.mark.parametrize("module_args", [{}, KINDS["lora"]], ids=["resident", "adapter"])
+def test_a_module_that_has_trained_is_validated_as_its_checkpoint_is(tmp_path, tiny_model_dir, pairs, module_args):
+    arguments, found = module_args | STEADY, {}
+    module = fit(
+        tmp_path, tiny_model_dir, pairs, None, UpdatingReference(1), module_args=arguments, val_fraction=0.3,
+        trainer_args={"max_steps": 3},
+    )[1]  # fmt: skip
+    steps = [("live", module, None), ("again", module, None)]
+    fresh = DPOLitModule(str(tiny_model_dir), reference=UpdatingReference(1), **arguments)
+    steps.append(("checkpoint", fresh, str(tmp_path / "checkpoints" / "stopped-step=3.ckpt")))
+    for name, which, checkpoint in steps:
+        data = CurriculumDataModule(pairs, order="given", batch_size=2, max_length=64, val_fraction=0.3)
+        trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+        trainer.validate(which, data, ckpt_path=checkpoint, verbose=False)
+        found[name] = trainer.callback_metrics["val/a/loss"].item()
+    # The reference has become the policy with the last step.
+    assert found == dict.fromkeys(found, pytest.approx(LN2, abs=1e-6))
+
+
 def test_what_follows_waits_with_the_trainers_memory(tmp_path, tiny_model_dir, pairs):
     """A process that makes pairs finds its memory free, as with a ResidentReference."""
     module = fit(tmp_path, tiny_model_dir, pairs, None, UpdatingReference(2), trainer_args={"max_steps": 1})[1]
