@@ -240,6 +240,16 @@ class KLBoundReference(FollowingReference):
         """Its bound."""
         return {"model.reference": f"M_{{t-1}}, then the policy where KL passes {self.max_kl}"}
 
+    def advance(self, policy: CausalBackbone, stage: Stage, inputs: ReferenceInputs) -> None:
+        """Become M_{t-1}, and forget what an interrupted step has left."""
+        super().advance(policy, stage, inputs)
+        self._observed.clear()
+
+    def restore(self, load_weights: Callable[[], nn.Module], stage: Stage, inputs: ReferenceInputs) -> None:
+        """Be what the checkpoint held, and forget what an interrupted step has left."""
+        super().restore(load_weights, stage, inputs)
+        self._observed.clear()
+
     def observe(self, batch: PreferenceBatch, policy: PairLogps, reference: PairLogps) -> None:
         """Add up a micro-batch, in float64 and without waiting for the device."""
         self._observed.append(k2_sums(batch.weights, policy, reference))

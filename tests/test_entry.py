@@ -97,6 +97,12 @@ def test_another_checkpoint_callback_is_refused_in_words(tmp_path, tiny_model_di
         fit(tmp_path, tiny_model_dir, sources, callbacks=[ModelCheckpoint(every_n_train_steps=2)])
 
 
+def test_a_trainer_without_our_data_module_is_told(tmp_path, tiny_model_dir):
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(ConfigurationError, match="the Trainer has none: call `trainer.fit"):
+        trainer.fit(DPOLitModule(str(tiny_model_dir)), train_dataloaders=[1])
+
+
 def test_checkpointing_can_be_switched_off(tmp_path, tiny_model_dir, sources):
     fit(tmp_path / "run", tiny_model_dir, sources, trainer_args={"enable_checkpointing": False})
     assert not (tmp_path / "run" / "checkpoints").exists()

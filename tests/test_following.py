@@ -220,6 +220,18 @@ def _by_hand(stages, model_dir, settings, name, bound):
     return found, moves
 
 
+def test_what_an_interrupted_step_has_left_doesnt_count(tmp_path, tiny_model_dir, pairs):
+    found = []
+    # Beyond any bound: the first step would move the reference.
+    for name, left in (("fresh", []), ("interrupted", [torch.tensor([1e6, 1.0], dtype=torch.float64)])):
+        reference = KLBoundReference(0.01)
+        reference._observed += left
+        args = STEADY | {"optimizer": adamw(1e-2, 0.0)}
+        fit(tmp_path / name, tiny_model_dir, pairs, reference=reference, module_args=args)
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1] and len(found[0]) == 7
+
+
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow), "nf4", "int8"])
 def test_an_adapter_that_follows_each_step_never_leaves_the_policy(tmp_path, tiny_model_dir, pairs, kind):
     if "quantization" in KINDS[kind]:

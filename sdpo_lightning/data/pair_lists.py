@@ -16,7 +16,7 @@ from sdpo_lightning.data.loader import PairStore, StageLoader
 from sdpo_lightning.data.selection import ranked_ids
 from sdpo_lightning.data.staging import Staging
 from sdpo_lightning.exactness import LayoutName
-from sdpo_lightning.types import Chunk, LogpTable, PairLogps, Stage, StageSettings
+from sdpo_lightning.types import Chunk, ConfigurationError, LogpTable, PairLogps, Stage, StageSettings
 
 
 class Report(Protocol):
@@ -204,7 +204,16 @@ class PairLists(pl.LightningDataModule):
 
 
 def data_of(trainer: pl.Trainer) -> PairLists:
-    """Our data module, which Lightning sets without declaring it."""
+    """Our data module, which Lightning sets without declaring it.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, PairLists), f"{type(data).__name__} is no CurriculumDataModule"
+    if not isinstance(data, PairLists):
+        found = "none" if data is None else f"a {type(data).__name__}"
+        raise ConfigurationError(
+            f"a DPOLitModule takes its stages from a CurriculumDataModule, and the Trainer has {found}: call "
+            "`trainer.fit(module, datamodule=CurriculumDataModule(...))`"
+        )
     return data
