@@ -26,7 +26,7 @@ from sdpo_lightning import (
     StageCheckpoint,
     VLLMPairGenerator,
 )
-from sdpo_lightning.data import made_pairs, model_before
+from sdpo_lightning.data import datamodule, model_before
 from sdpo_lightning.data.pair_generators import PairGenerator
 from sdpo_lightning.generation_transformers import FolderGenerator
 from sdpo_lightning.stopping import STOP
@@ -146,7 +146,7 @@ class HeardInPass(SampledPairs):
 def stopped(out, model, run):
     """A signal that only the second rank hears, while rank 0 samples."""
     made = HeardInPass(**vars(sampled(out)))
-    settle = made_pairs.settle_all
+    settle = datamodule.settle_all
 
     def signalled(trainer):
         # The last thing before the others wait for rank 0.
@@ -154,11 +154,11 @@ def stopped(out, model, run):
         if os.environ["RANK"] == "1":
             STOP.signal = signal.SIGTERM
 
-    made_pairs.settle_all = signalled
+    datamodule.settle_all = signalled
     try:
         train(out, model, run, "ddp", [made])
     finally:
-        made_pairs.settle_all, STOP.signal = settle, None
+        datamodule.settle_all, STOP.signal = settle, None
 
 
 def main() -> None:
