@@ -29,7 +29,8 @@ class CheckCLI(EstimateCLI):
     def instantiate_classes(self) -> None:
         """Only data and small files are read."""
         config = self.config.as_dict()
-        own_model = getattr(self.model_class, "load_weights", None) is not DPOLitModule.load_weights
+        assert isinstance(self.model_class, type) and issubclass(self.model_class, DPOLitModule)
+        own_model = self.model_class.load_weights is not DPOLitModule.load_weights
         self.findings = review(config, config["show"], own_model, config["benchmarks"])
 
 

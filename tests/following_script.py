@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import fit
+from runs import fit, run_as_rank
 from torch.distributed.tensor import DTensor
 
 from sdpo_lightning import (
@@ -27,7 +27,6 @@ from sdpo_lightning import (
     StageCheckpoint,
     UpdatingReference,
 )
-from sdpo_lightning.ranks import leave_group
 
 LORA = {"lora": LoraSettings(r=4)}
 # By AdamW's own epsilon a gradient that is rounding alone makes a step of full length, which no two orders of summation
@@ -110,8 +109,8 @@ def facts(module) -> dict:
     return {"sharded": all(isinstance(t, DTensor) for t in reference.held.weights().values()), "moves": told}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main() -> None:
+    """Run the scenarios one after the other."""
     out, model = Path(sys.argv[1]), sys.argv[2]
     ranks = int(os.environ["WORLD_SIZE"])
     for name in sys.argv[3:]:
@@ -120,8 +119,7 @@ if __name__ == "__main__":
         found = facts(start(out, model, name, ranks, devices=ranks, strategy=strategy))
         if int(os.environ["RANK"]) == 0:
             (out / name / "facts.json").write_text(json.dumps(found))
-    dist.barrier()
-    leave_group()
-    sys.stdout.flush()
-    # Gloo's threads now and then keep an interpreter from ending.
-    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from runs import fit
+from runs import fit, run_as_rank
 
 from sdpo_lightning import (
     AdapterReference,
@@ -174,10 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # Gloo's threads now and then keep an interpreter from ending.
-    os._exit(0)
+    run_as_rank(main)

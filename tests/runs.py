@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference, StageSamples
@@ -30,6 +35,17 @@ class ParsesOnly(CurriculumCLI):
 def parity_in_this_process(who: str, words: list[str]) -> None:
     """A side of `parity` here instead of in a program: what it imports is there already."""
     import_module(words[0]).main(*words[1:])
+
+
+def run_as_rank(main: Callable[[], None]) -> NoReturn:
+    """A script of several gloo processes, which end together."""
+    torch.set_num_threads(1)
+    main()
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # Gloo's threads now and then keep an interpreter from ending.
+    os._exit(0)
 
 
 def adamw(lr: float = 1e-3, weight_decay: float = 0.1):

@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from runs import fit
+from runs import fit, run_as_rank
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -301,10 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # Gloo's threads now and then keep an interpreter from ending.
-    os._exit(0)
+    run_as_rank(main)
