@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdpo_lightning.estimate_run import Load, Run, StageLoad
-from sdpo_lightning.logprobs import ROWS
+from sdpo_lightning.logprobs import COLUMNS
 
 GIB = 2**30
 # Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
@@ -176,13 +176,12 @@ def _head(run: Run, load: Load, trains: bool = True) -> tuple[float, float]:
     """Bytes of logits and head at the end of the forward pass and at the height of its backward pass."""
     shape, budget = run.shape, run.logits_budget_mb * 2**20
     logits = load.targets * shape.vocab * run.number
-    rows = max(1, min(load.targets, int(budget / (4 * shape.vocab))))
-    rows = rows if run.cuda else min(rows, ROWS)
-    # A block in fp32, and in bf16 the product that it is made of.
-    block = rows * shape.vocab * (4 + (2 if run.bf16 else 0))
+    width = min(shape.vocab, max(1, int(budget / (8 * max(1, load.targets)))))
+    width = width if run.cuda else min(width, COLUMNS)
+    # A tile in fp32 with its softmax, and in bf16 the product that it is made of.
+    tile = load.targets * width * (8 + (2 if run.bf16 else 0))
     selected = load.targets * shape.hidden * run.number
     kept = logits if trains and logits <= budget else 0
-    chunk = 0 if kept else min(logits, budget) + block
-    # In pieces it is summed in fp32, beside the piece; in bf16 it is turned into fp32 afterwards.
-    product = 0 if run.lora else shape.head_parameters * (run.number if not kept or run.bf16 else 0)
-    return float(selected + kept + block), float(2 * selected + kept + chunk + product)
+    # The gradient of the selected states is summed in fp32.
+    summed = 4 * load.targets * shape.hidden
+    return float(selected + kept + tile), float(2 * selected + summed + kept + tile)

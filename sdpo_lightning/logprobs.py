@@ -1,9 +1,9 @@
 """Rank 1: hidden states -> token logps -> pair logps, without the logits of prompts and padding.
 
-Only the N completion positions go through the head. A plain linear head is fused with the log-softmax: its rows
-are made in blocks; if [N, V] fits `logits_budget_mb`, ONE buffer of the compute dtype is
-kept and becomes its own gradient (3 matmuls), else nothing is kept and the blocks are made again in the backward
-pass (4 matmuls). Any other head runs as it is, checkpointed in chunks.
+Only the N completion positions go through the head. A plain linear head is fused with the log-softmax: the logits of
+all rows are made for a tile of the vocabulary at a time, so that a tile's part of the weight's gradient is whole. If
+[N, V] fits `logits_budget_mb`, the tiles are kept in the compute dtype and become their own gradients (3 matmuls), else
+none is and they are made again in the backward pass (4 matmuls). Any other head runs as it is, checkpointed in chunks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.types import PairLogps, PreferenceBatch
 
-# Rows of the head come in multiples of this; a CPU, which keeps a kernel for each number, also takes so many at once.
+# Rows of the head come in multiples of this: a CPU keeps a kernel for each number.
 ROWS = 64
+# Most columns of logits that a CPU makes at once: with a thousand rows they take 4 MB in fp32.
+COLUMNS = 1024
 
 
 def token_logps(
@@ -122,91 +124,92 @@ class _LinearLogps(torch.autograd.Function):
         count, vocab = len(hidden), len(weight)
         needs_grad = any(ctx.needs_input_grad[:3])
         keeps = needs_grad and count * vocab * hidden.element_size() <= budget_mb * 2**20
-        kept = hidden.new_empty(count, vocab) if keeps else None
-        logps = hidden.new_empty(count, dtype=torch.float32)
-        normalisers = torch.empty_like(logps)
-        repeated = torch.empty_like(logps) if collisions else None
-        for rows in _blocks(count, _block_rows(hidden, vocab, budget_mb)):
-            logits = _logits(hidden[rows], weight, bias, scale)
-            chosen = targets[rows, None]
-            target_logits, largest = logits.gather(1, chosen), logits.amax(1, keepdim=True)
-            # In place: from here on the block holds exp(logits - largest).
-            total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            normalisers[rows] = (largest + total.log()).squeeze(1)
-            logps[rows] = target_logits.squeeze(1) - normalisers[rows]
-            if repeated is not None:
-                repeated[rows] = 2 * (torch.linalg.vector_norm(logits, dim=1) / total.squeeze(1)).log()
+        tiles = _tiles(hidden, vocab, budget_mb)
+        chosen = hidden.new_zeros(count, dtype=torch.float32)
+        # log sum exp over each tile, and log of its sum of squared shares.
+        normalisers = hidden.new_empty(count, len(tiles), dtype=torch.float32)
+        squares = torch.empty_like(normalisers) if collisions else None
+        # One buffer, a tile after the other: many small ones would leave holes behind.
+        kept = hidden.new_empty(count * vocab) if keeps else None
+        for index, columns in enumerate(tiles):
+            logits = _logits(hidden, weight, bias, scale, columns)
+            inside, places = _within(targets, columns)
+            chosen = torch.where(inside, logits.gather(1, places).squeeze(1), chosen)
+            shares = logits.softmax(1)
+            # The largest share is 1 / columns at least, so that its log is sound.
+            normalisers[:, index] = logits.amax(1) - shares.amax(1).log()
+            if squares is not None:
+                squares[:, index] = 2 * torch.linalg.vector_norm(shares, dim=1).log()
             if kept is not None:
-                kept[rows] = _minus_one_hot(logits.mul_(total.reciprocal()), chosen)
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.kept, ctx.scale, ctx.budget_mb, ctx.dtype = kept, scale, budget_mb, trained_weight.dtype
-        if repeated is not None:
+                _kept_tile(kept, count, columns).copy_(shares)
+        normaliser = normalisers.logsumexp(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, chosen - normaliser)
+        ctx.kept, ctx.tiles, ctx.scale, ctx.dtype = kept, tiles, scale, trained_weight.dtype
+        repeated = None
+        if squares is not None:
+            repeated = (squares + 2 * (normalisers - normaliser[:, None])).logsumexp(1)
             ctx.mark_non_differentiable(repeated)
-        return logps, repeated
+        return chosen - normaliser, repeated
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        factors = -ctx.scale * gradient[:, None]
+        hidden, weight, bias, targets, normalisers, logps = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = d_bias = None
-        vocab = len(weight)
+        factors = -ctx.scale * gradient
+        # In fp32 and before any rounding: 1 - p of a sure token would be lost in bf16.
+        at_targets = (factors * logps.expm1()).to(hidden.dtype)
+        normaliser = normalisers.logsumexp(1, keepdim=True)
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wants_hidden else None
+        d_weight = weight.new_empty(weight.shape, dtype=ctx.dtype) if wants_weight else None
+        d_bias = weight.new_empty(len(weight), dtype=ctx.dtype) if wants_bias else None
         # What was kept is consumed: a second backward pass makes it again.
         kept, ctx.kept = ctx.kept, None
-        rows_at_once = len(hidden) if kept is not None else _budget_rows(hidden, vocab, ctx.budget_mb)
-        for rows in _blocks(len(hidden), rows_at_once):
+        for index, columns in enumerate(ctx.tiles):
             if kept is not None:
-                d_logits = kept.mul_(factors.to(kept.dtype))
+                d_logits = _kept_tile(kept, len(hidden), columns)
+                of_all = (normalisers[:, index, None] - normaliser).exp_()
+                d_logits.mul_(of_all.mul_(factors[:, None]).to(d_logits.dtype))
             else:
-                d_logits = hidden.new_empty(len(hidden[rows]), vocab)
-                for inner in _blocks(len(d_logits), _block_rows(hidden, vocab, ctx.budget_mb)):
-                    outer = slice(rows.start + inner.start, rows.start + inner.stop)
-                    logits = _logits(hidden[outer], weight, bias, ctx.scale)
-                    softmax = logits.sub_(normalisers[outer, None]).exp_()
-                    residual = _minus_one_hot(softmax, targets[outer, None])
-                    d_logits[inner] = residual.mul_(factors[outer])
+                softmax = _logits(hidden, weight, bias, ctx.scale, columns).sub_(normaliser).exp_()
+                d_logits = softmax.mul_(factors[:, None]).to(hidden.dtype)
+            inside, places = _within(targets, columns)
+            others = d_logits.gather(1, places)
+            d_logits.scatter_(1, places, torch.where(inside[:, None], at_targets[:, None], others))
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[rows])
-            if wants_weight:
-                part = torch.mm(d_logits.t(), hidden[rows])
-                # Many chunks are summed in fp32: in bf16 the later ones would vanish.
-                d_weight = part if len(part) and rows_at_once >= len(hidden) else _add(d_weight, part)
-            if wants_bias:
-                d_bias = _add(d_bias, d_logits.sum(0, dtype=torch.float32))
-        # The logits make room before the weight's gradient is turned into its own dtype.
-        kept = d_logits = None
-        d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
-        d_bias = None if d_bias is None else d_bias.to(ctx.dtype)
+                d_hidden.add_(d_logits @ weight[columns])
+            if d_weight is not None:
+                d_weight[columns] = d_logits.t() @ hidden
+            if d_bias is not None:
+                d_bias[columns] = d_logits.sum(0, dtype=torch.float32)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias).float()
+def _tiles(hidden: Tensor, vocab: int, budget_mb: float) -> list[slice]:
+    """The columns in parts whose fp32 logits and softmax, of all rows, fit the budget; on a CPU they fit its cache too."""
+    width = int(budget_mb * 2**20 / (8 * max(1, len(hidden))))
+    width = min(width, COLUMNS) if hidden.device.type == "cpu" else width
+    # Whole kernels' worth, where it is so much.
+    width = width // ROWS * ROWS or max(1, width)
+    return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, columns: slice) -> Tensor:
+    part = None if bias is None else bias[columns]
+    logits = nn.functional.linear(hidden, weight[columns], part).float()
     return logits.mul_(scale) if scale != 1.0 else logits
 
 
-def _minus_one_hot(softmax: Tensor, targets: Tensor) -> Tensor:
-    # In fp32 and before any rounding: 1 - p of a sure token would be lost in bf16.
-    return softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0))
+def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which targets `[N]` lie in the columns, and the place `[N, 1]` of each there, any for the others."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    places = (targets - columns.start).clamp(0, columns.stop - columns.start - 1)
+    return inside, places[:, None]
 
 
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.float() if total is None else total.add_(part)
-
-
-def _budget_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
-    return max(1, int(budget_mb * 2**20 / (vocab * hidden.element_size())))
-
-
-def _block_rows(hidden: Tensor, vocab: int, budget_mb: float) -> int:
-    # Of fp32 logits that exist for a moment.
-    rows = max(1, int(budget_mb * 2**20 / (4 * vocab)))
-    return min(ROWS, rows) if hidden.device.type == "cpu" else rows
-
-
-def _blocks(count: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+def _kept_tile(kept: Tensor, count: int, columns: slice) -> Tensor:
+    """The `[N, columns]` of `[N * V]` that belong to a tile."""
+    return kept[count * columns.start : count * columns.stop].view(count, -1)
 
 
 def gather_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def test_full_training_in_fp32_by_hand():
     shape = run.shape
     assert forward.rows["gradients"] == 0
     assert forward.rows["activations"] == 64 * (3 * shape.kept_layer + shape.kept_rest)
-    # Hidden states of 32 targets, their logits, and a block of 32 rows.
-    assert forward.rows["logits and head"] == 32 * 16 * 4 + 32 * 100 * 4 + 32 * 100 * 4
+    # Hidden states of 32 targets, their logits, and the one tile: 100 columns and their softmax.
+    assert forward.rows["logits and head"] == 32 * 16 * 4 + 32 * 100 * 4 + 32 * 100 * 8
     # With more micro-batches a step, earlier ones have left their gradients.
     assert moment_of(replace(run, accumulate=2), forward.name).rows["gradients"] == 4 * PARAMETERS
 
@@ -186,9 +186,9 @@ def test_a_logits_budget_bounds_the_head():
     run = tiny_run(cuda=True, logits_budget_mb=0.5)
     budgeted = moment_of(run, "backward of the head", stage).rows["logits and head"]
     whole = moment_of(replace(run, logits_budget_mb=256), "backward of the head", stage).rows["logits and head"]
-    # Hidden states and their gradient; a chunk and a block of half a MiB each; the head's gradient and its part.
-    assert budgeted == pytest.approx(2 * 4096 * 16 * 4 + 2 * half + 2 * 4 * 1600, rel=0.01)
-    assert whole == 2 * 4096 * 16 * 4 + 4096 * 100 * 4 + 4 * 1600
+    # Hidden states, their gradient and its sum; a tile of 2^19 / (8 * 4096) = 16 columns; the head's gradient.
+    assert budgeted == 3 * 4096 * 16 * 4 + half + 4 * 1600
+    assert whole == 3 * 4096 * 16 * 4 + 4096 * 100 * 4 + 4096 * 100 * 8 + 4 * 1600
 
 
 def test_disk_and_host():

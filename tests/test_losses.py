@@ -289,7 +289,7 @@ class Positions:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("budget", [256.0, 37 * 4 * 3 / 2**20], ids=["kept", "made again, 3 rows at a time"])
+@pytest.mark.parametrize("budget", [256.0, 20 * 8 * 3 / 2**20], ids=["kept", "made again, 3 columns at a time"])
 def test_fused_head_equals_autograd(bias, scale, budget):
     torch.manual_seed(0)
     batch, hidden = Positions(20, 37), torch.randn(1, 20, 8)
@@ -321,15 +321,15 @@ def test_fused_head_trains_only_what_asks_for_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_head_keeps_no_logits_without_gradients(dtype, monkeypatch):
     kept = []
-    minus_one_hot = logprobs._minus_one_hot
-    monkeypatch.setattr(logprobs, "_minus_one_hot", lambda *given: kept.append(1) or minus_one_hot(*given))
+    kept_tile = logprobs._kept_tile
+    monkeypatch.setattr(logprobs, "_kept_tile", lambda *given: kept.append(1) or kept_tile(*given))
     batch, head, hidden = Positions(6, 11), torch.nn.Linear(4, 11), torch.randn(1, 6, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
         with torch.no_grad():
             quiet = linear_token_logps(hidden, batch, head)
         assert not kept
         loud = linear_token_logps(hidden, batch, head)
-    # One block of rows, whose softmax becomes its gradient.
+    # One tile, whose softmax becomes its gradient.
     assert kept == [1] and torch.equal(quiet, loud.detach())
 
 
@@ -355,12 +355,19 @@ def test_fused_head_in_bf16_keeps_the_gradient_of_a_sure_token():
 
 
 def test_the_heads_gradient_is_in_the_dtype_of_its_weight():
-    """Under autocast and in chunks: the fp32 sum over chunks isn't rounded to the bf16 of the products."""
+    """Under autocast and in tiles: each is one product over all rows, rounded once; the bias is summed in fp32."""
     torch.manual_seed(0)
-    head, batch, hidden = torch.nn.Linear(8, 96), Positions(20, 96), torch.randn(1, 20, 8)
+    head, batch, hidden = torch.nn.Linear(8, 96), Positions(20, 96), torch.randn(1, 20, 8).bfloat16().float()
+    head.weight.data = head.weight.data.bfloat16().float()
+    gather_logps(head(hidden[0]), batch.target_ids).sum().backward()
+    exact = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        # 2 rows of 96 bf16 logits at once.
-        linear_token_logps(hidden, batch, head, 1.0, 2 * 96 * 2 / 2**20).sum().backward()
-    for gradient in (head.weight.grad, head.bias.grad):
+        # 5 tiles of 20 columns, the last of 16: 3200 bytes are 20 rows of 20 fp32 logits and of their softmax, and
+        # [20, 96] in bf16 is above them.
+        linear_token_logps(hidden, batch, head, 1.0, 20 * 20 * 8 / 2**20).sum().backward()
+    for gradient, reference in zip([head.weight.grad, head.bias.grad], exact, strict=True):
         assert gradient.dtype == torch.float32
-        assert (gradient != gradient.bfloat16().float()).any()
+        # Each of 20 terms is rounded to 8 bits, and so is the sum.
+        assert (gradient - reference).abs().max() < 2**-7 * reference.abs().max()
+    assert (head.bias.grad != head.bias.grad.bfloat16().float()).any()
