@@ -186,7 +186,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, vocab: int, budget_mb: float) -> list[slice]:
-    """The columns in parts whose fp32 logits and softmax, of all rows, fit the budget; on a CPU they fit its cache too."""
+    """The columns in parts whose fp32 logits and softmax, of all rows, fit the budget; on a CPU its cache too."""
     width = int(budget_mb * 2**20 / (8 * max(1, len(hidden))))
     width = min(width, COLUMNS) if hidden.device.type == "cpu" else width
     # Whole kernels' worth, where it is so much.

@@ -1,10 +1,10 @@
-"""The tiled attention of short segments: values and gradients against PyTorch's SDPA on whole sequences."""
+"""The tiled attention: values and gradients against PyTorch's SDPA on whole sequences."""
 
 import pytest
 import torch
 from helpers import dense_attention
 
-from sdpo_lightning import attention
+from sdpo_lightning import attention, tiles
 from sdpo_lightning.tiles import tiled_attention
 
 # Prompt 5 + chosen 70 (two tiles), rejected 9 behind the prompt, and a sequence of its own (3).
@@ -32,6 +32,35 @@ def test_values_and_gradients_equal_a_dense_mask(dtype, tolerance, window):
     (expected * weights).sum().backward()
     for m, t in zip(mine, theirs, strict=True):
         torch.testing.assert_close(m.grad.float(), t.grad, atol=10 * tolerance, rtol=tolerance)
+
+
+# A prompt of 70 and an answer of 230 tokens; a second answer of 450 sees 520 keys, above 512 and no multiple of 64.
+LONG = ((0, 300, 0, 0), (300, 750, 0, 70))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kept_keys", [512, 10_000], ids=["made again above 512", "kept"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_long_segments_equal_a_dense_mask(dtype, tolerance, kept_keys, window, monkeypatch):
+    """In bf16, from 256 keys on, the products but the scores' are of bf16 numbers, in sizes rounded up to 64."""
+    monkeypatch.setattr(tiles, "KEPT_KEYS", kept_keys)
+    plans = [tiles._plan(segment, dtype) for segment in LONG]
+    assert [plan.keeps for plan in plans] == [True, kept_keys > 512]
+    # 300 tokens are 5 tiles, the last of 44; 70 + 450 keys are rounded up to 576.
+    assert [tile.number for tile in plans[0].tiles] == [64, 64, 64, 64, 44]
+    assert plans[1].tiles[-1].seen == (576 if dtype == torch.bfloat16 else 520)
+    mine, theirs = inputs(dtype, length=750), inputs(torch.float32, length=750)
+    for t, m in zip(theirs, mine, strict=True):
+        t.data.copy_(m.data)
+    out, expected = tiled_attention(*mine, LONG, 0.3, window), dense_attention(*theirs, LONG, 0.3, window)
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    weights = torch.randn(expected.shape)
+    (out.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for m, t in zip(mine, theirs, strict=True):
+        # Relative to all: sums over hundreds of terms, each of which is rounded.
+        assert (m.grad.float() - t.grad).norm() < tolerance * t.grad.norm()
+        assert t.grad.norm() > 1
 
 
 def test_gradcheck():
