@@ -1,7 +1,7 @@
 """Time and memory a pair against TRL's `DPOTrainer`: `python -m benchmarks.vs_trl --json OUT [--rounds 3]`.
 
 With `--memory` only the peaks of a2, fast and lean are measured and printed, with `--stages` the times of one and
-eight stages.
+eight stages, with and without the sampled answers.
 
 Each variant trains the same seeded pairs in a process of its own, pinned to one core; the variants alternate, and
 ratios are medians over the rounds. CPU time, not wall time. Memory is the peak above what the imports take.
@@ -16,6 +16,7 @@ ratios are medians over the rounds. CPU time, not wall time. Memory is the peak 
 | naive | ours, padded rows, resident reference, fp32 |
 | bare | the model, batches and numbers of fast in a plain loop, without Lightning and without files |
 | one, eight | fast, four times the pairs as 1 and as 8 stages |
+| one_mute, eight_mute | the same without the answers that S and every M_t give to three prompts |
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from pathlib import Path
 from benchmarks.workloads import peak_resident
 
 VOCAB, HIDDEN, LAYERS = 16_000, 512, 8
-VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "bare", "one", "eight")
+STAGES = ("one", "eight", "one_mute", "eight_mute")
+VARIANTS = ("a0", "a2", "a6", "fast", "lean", "naive", "bare", *STAGES)
 
 
 def workload(pairs: int, seed: int = 0) -> list[dict[str, str]]:
@@ -149,9 +151,10 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
     import torch
 
     from sdpo_lightning import CachedReference, CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference
+    from sdpo_lightning.stage_models import StageSamples
 
     measured_from()
-    stages = 8 if variant == "eight" else 1
+    stages = 8 if variant.startswith("eight") else 1
     sources, size = [], len(rows) // stages
     for index in range(stages):
         path = out / f"s{index}.jsonl"
@@ -187,6 +190,7 @@ def run_ours(variant: str, model_dir: Path, rows: list[dict[str, str]], epochs: 
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        callbacks=[StageSamples(prompts=[])] if variant.endswith("_mute") else [],
     )
     trainer.fit(model, data)
     with (out / "metrics.csv").open(newline="") as handle:
@@ -330,7 +334,7 @@ def main() -> None:
         "peak_fast_vs_A2": ratio(runs, "fast", "a2", "peak_mb"),
         "peak_lean_vs_A2": ratio(runs, "lean", "a2", "peak_mb"),
         "time_lean_vs_A2": ratio(runs, "lean", "a2", "seconds"),
-        "stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"),
+        **stage_times(runs),
         "lightning_overhead": ratio(runs, "fast", "bare", "seconds"),
         "max_abs_loss_diff": difference,
         "max_abs_loss_diff_all_steps": max(differences),
@@ -358,7 +362,7 @@ def alternate(scratch: Path, pairs: int, rounds: int) -> dict[str, list[dict]]:
     for number in range(rounds):
         # a0 and naive are slow, and serve the comparison of losses: once is enough.
         for variant in VARIANTS if number == 0 else [v for v in VARIANTS if v not in ("a0", "naive")]:
-            rows = many if variant in ("one", "eight") else few
+            rows = many if variant in STAGES else few
             runs.setdefault(variant, []).append(measure(variant, model, rows, 1))
             print(number, variant, {k: v for k, v in runs[variant][-1].items() if k != "losses"}, flush=True)
         for variant in ("a2", "fast"):
@@ -375,9 +379,17 @@ def memory(pairs: int, rounds: int) -> dict[str, list[float]]:
 
 def stages(pairs: int, rounds: int) -> dict[str, list[float]]:
     """CPU seconds a pair of one and of eight stages in turn, on four times the pairs: ratios and readings."""
-    runs = in_turn(("one", "eight"), 4 * pairs, rounds)
+    runs = in_turn(STAGES, 4 * pairs, rounds)
     seconds = {name: [round(run["seconds"], 4) for run in found] for name, found in runs.items()}
-    return {"stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"), **seconds}
+    return stage_times(runs) | seconds
+
+
+def stage_times(runs: dict[str, list[dict]]) -> dict[str, list[float]]:
+    """Time of eight stages by that of one: as they come, and without the sampled answers, as TRL's loop has none."""
+    return {
+        "stages_1_to_8_time": ratio(runs, "eight", "one", "seconds"),
+        "stages_1_to_8_time_without_samples": ratio(runs, "eight_mute", "one_mute", "seconds"),
+    }
 
 
 def in_turn(variants: tuple[str, ...], pairs: int, rounds: int) -> dict[str, list[dict]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from sdpo_lightning.ranks import from_first_rank, is_first, together
 from sdpo_lightning.retention import remove_models
 from sdpo_lightning.run_parts import StageModule, callbacks_of, is_try, run_dir, stage_module
 from sdpo_lightning.types import ConfigurationError, Stage, StageRecord
+from sdpo_lightning.versions import version_of
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _facts(trainer: pl.Trainer, pl_module: StageModule, stage: Stage) -> CardFac
         sources=[_card_source(data, index) for index in indices],
         settings=pl_module.settings(),
         metrics=stage_metrics(run_dir(trainer) / "metrics.csv", stage.index),
-        versions={name: version(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
+        versions={name: version_of(name) for name in ("sdpo-lightning", "torch", "lightning", "transformers")},
         notes=tuple(data.accepted),
         ended="" if end is None else f"after {sum(end.epoch_steps)} steps, {end.pairs} pairs: {end.reason}",
     )

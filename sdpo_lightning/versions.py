@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+
+
+@cache
+def version_of(package: str) -> str:
+    """Version of a package, read once: its metadata is a long text, and every M_t's card says it.
+
+    Args:
+        package: its name in the package index.
+
+    Raises:
+        PackageNotFoundError: it isn't installed.
+    """
+    return version(package)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -16,7 +30,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     found = {"python": platform.python_version(), "system": platform.platform()}
     for name in packages:
         try:
-            found[name] = version(name)
+            found[name] = version_of(name)
         except PackageNotFoundError:
             continue
     return found
