@@ -37,6 +37,11 @@ class _HashingFile:
         self.written = 0
 
     def write(self, data: Any) -> int:
+        """Append bytes, and return their number.
+
+        Raises:
+            OSError: of the disk; kept in `error` too.
+        """
         try:
             size = self._handle.write(data)
         except OSError as error:
@@ -50,9 +55,19 @@ class _HashingFile:
         return size
 
     def flush(self) -> None:
+        """Hand what is buffered to the system.
+
+        Raises:
+            OSError: of the disk.
+        """
         self._handle.flush()
 
     def close(self) -> str:
+        """Close the file, and return the sha256 of all bytes, in hex.
+
+        Raises:
+            OSError: of the disk.
+        """
         self._handle.close()
         return self._digest.hexdigest()
 

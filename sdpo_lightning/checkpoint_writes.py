@@ -111,6 +111,10 @@ class _Copier:
         self._made: dict[Any, torch.Tensor] = {}
 
     def copy(self, content: Any) -> Any:
+        """The same containers, with each tensor in the memory of the CPU and in its shape and dtype.
+
+        A tensor that is there and isn't among the live ones is taken as it is.
+        """
         if isinstance(content, torch.Tensor):
             return self._tensor(content)
         if isinstance(content, dict):

@@ -192,12 +192,6 @@ class CurriculumCLI(LightningCLI):
         self.model.goes_on_from = self._go_on_from
         self.model.fork = self._fork
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Lightning's, the Trainer's and the classes'."""
-        super().add_core_arguments_to_parser(parser)
-        assert isinstance(parser, OneLineParser)
-        parser.whole_numbers_first()
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--resume`, to all verbs, so that a run's `config.yaml` serves them all."""
         parser.add_argument(

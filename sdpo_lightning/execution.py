@@ -81,5 +81,5 @@ def _apply_liger(backbone: CausalBackbone) -> None:
         apply_liger_kernel(backbone.model, kernels)
     except ImportError as error:
         raise ConfigurationError(
-            "`model.liger` needs liger-kernel: pip install 'sdpo-lightning[liger]'"
+            "`model.liger` needs liger-kernel 0.7 or newer: pip install 'sdpo-lightning[liger]'"
         ) from error

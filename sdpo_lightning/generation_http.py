@@ -147,4 +147,5 @@ class OpenAIGenerator(Generator):
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
+        """No request: urllib raises HTTPError with the redirect's own code."""
         return None

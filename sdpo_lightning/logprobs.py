@@ -120,6 +120,17 @@ class _LinearLogps(torch.autograd.Function):
         targets: Tensor,
         settings: tuple[float, float, bool],
     ) -> tuple[Tensor, Tensor | None]:
+        """`[N]` logps in nats, and log sum_v p_v^2 `[N]` where asked for; both fp32.
+
+        Args:
+            ctx: of autograd.
+            hidden: `[N, D]`, in the dtype of the products.
+            trained_weight: `[V, D]`, which the gradient goes to.
+            trained_bias: `[V]`, likewise.
+            copies: weight and bias in the dtype of the products.
+            targets: `[N]` token ids.
+            settings: factor on the logits, MiB of logits to keep at most, whether the second result is asked for.
+        """
         (weight, bias), (scale, budget_mb, collisions) = copies, settings
         count, vocab = len(hidden), len(weight)
         needs_grad = any(ctx.needs_input_grad[:3])
@@ -153,6 +164,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradient `[N]` of the logps to those of hidden `[N, D]`, weight `[V, D]` and bias `[V]`, where asked for."""
         hidden, weight, bias, targets, normalisers, logps = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         factors = -ctx.scale * gradient

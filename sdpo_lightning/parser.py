@@ -25,6 +25,23 @@ class _NamingParser(LightningArgumentParser):
                 raise
             raise type(error)(said) from error
 
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """As jsonargparse's, with `1` read as an int where an int or a float is taken.
+
+        A number of batches or pairs is no share of them, and `typing` gives an equal union that was made before, so
+        which stands first depends on what was imported.
+        """
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            kind = vars(action).get("_typehint")
+            kinds = list(get_args(kind)) if get_origin(kind) is Union else []
+            if {int, float} <= set(kinds) and kinds.index(float) < kinds.index(int):
+                kinds.remove(int)
+                kinds.insert(kinds.index(float), int)
+                # Written with `|`, a union is made anew.
+                vars(action)["_typehint"] = reduce(or_, kinds)
+        return added
+
 
 class OneLineParser(_NamingParser):
     """An argument parser whose errors are one line without usage.
@@ -40,20 +57,6 @@ class OneLineParser(_NamingParser):
         """As jsonargparse's."""
         self.verbs = super().add_subcommands(required, dest)
         return self.verbs
-
-    def whole_numbers_first(self) -> None:
-        """Have `1` read as an int where an int or a float is taken: a number of batches is no share of them.
-
-        `typing` gives an equal union that was made before, so which stands first depends on what was imported.
-        """
-        for action in self._actions:
-            kind = vars(action).get("_typehint")
-            kinds = list(get_args(kind)) if get_origin(kind) is Union else []
-            if {int, float} <= set(kinds) and kinds.index(float) < kinds.index(int):
-                kinds.remove(int)
-                kinds.insert(kinds.index(float), int)
-                # Written with `|`, a union is made anew.
-                vars(action)["_typehint"] = reduce(or_, kinds)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of exiting.

@@ -64,6 +64,7 @@ class _TiledAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
+        """`[K, G, L, E]` of query and `[K, L, E]` of key and value to `[K, G, L, E]`; else as `tiled_attention`."""
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
         keeps = any(ctx.needs_input_grad)
         for segment in segments:
@@ -82,6 +83,7 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient `[K, G, L, E]` of the output to those of query, key and value, in their shapes and dtypes."""
         query, key, value, *saved = ctx.saved_tensors
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))

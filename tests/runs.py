@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import NoReturn
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from helpers import make_rows, write_jsonl
 from safetensors.torch import load_file
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, ResidentReference, StageSamples
@@ -80,6 +82,27 @@ def fit(
     )
     trainer.fit(module, data_class(sources, **data_args), ckpt_path=ckpt_path)
     return trainer, module
+
+
+def made_sources(folder: Path, counts: dict[str, int]) -> list[PreferenceSource]:
+    """A file in `folder` for each name, with so many rows; seeds are 0, 1, ..."""
+    return [
+        PreferenceSource(name, str(write_jsonl(folder / f"{name}.jsonl", make_rows(count, seed, name))))
+        for seed, (name, count) in enumerate(counts.items())
+    ]
+
+
+def command_line(folder: Path, model_dir: Path, counts: dict[str, int]) -> list[str]:
+    """Words, without a verb, for a run in `folder / "run"` on `made_sources`."""
+    sources = [{"name": source.name, "path": source.path} for source in made_sources(folder, counts)]
+    return [
+        f"--trainer.default_root_dir={folder / 'run'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--model.model_name_or_path={model_dir}",
+        f"--data.sources={json.dumps(sources)}",
+        "--data.max_length=64",
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

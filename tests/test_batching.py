@@ -15,7 +15,7 @@ from datasets import Dataset
 from helpers import free_port, make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import assert_same_weights, fit, metrics, reproducible, weights
+from runs import assert_same_weights, fit, made_sources, metrics, reproducible, weights
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, StageCheckpoint
 from sdpo_lightning.backbone import load_policy
@@ -351,12 +351,7 @@ EPOCHS = {"b": 2, "*": 1}
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    found = []
-    for seed, (name, count) in enumerate((("a", 9), ("b", 13), ("c", 7))):
-        path = write_jsonl(folder / f"{name}.jsonl", make_rows(count, seed, name))
-        found.append(PreferenceSource(name, str(path)))
-    return found
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 9, "b": 13, "c": 7})
 
 
 class FixedReference(ReferencePolicy):

@@ -8,7 +8,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from helpers import make_rows, write_jsonl
+from helpers import write_jsonl
+from runs import command_line
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule
 from sdpo_lightning.check_run import review
@@ -21,19 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
 @pytest.fixture
 def words(tmp_path, tiny_model_dir):
-    sources = []
-    for seed, name in enumerate(("a", "b")):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(10 + seed, seed, name))
-        sources.append({"name": name, "path": str(path)})
-    return [
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--model.model_name_or_path={tiny_model_dir}",
-        f"--data.sources={json.dumps(sources)}",
-        "--data.max_length=64",
-        "--data.order=given",
-    ]
+    return [*command_line(tmp_path, tiny_model_dir, {"a": 10, "b": 11}), "--data.order=given"]
 
 
 def said(given: list[str], capsys, code: int = 0, **classes) -> tuple[list[str], list[str]]:

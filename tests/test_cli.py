@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 from helpers import make_rows, write_jsonl
-from runs import ParsesOnly, losses, metrics
+from runs import ParsesOnly, command_line, losses, metrics
 from transformers import AutoTokenizer
 
 from sdpo_lightning import DPOLitModule
@@ -23,18 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
 @pytest.fixture
 def arguments(tmp_path, tiny_model_dir):
-    sources = []
-    for seed, name in enumerate(("a", "b")):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(10, seed, name))
-        sources.append({"name": name, "path": str(path)})
-    return [
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--model.model_name_or_path={tiny_model_dir}",
-        f"--data.sources={json.dumps(sources)}",
-        "--data.max_length=64",
-    ]
+    return command_line(tmp_path, tiny_model_dir, {"a": 10, "b": 10})
 
 
 @pytest.fixture

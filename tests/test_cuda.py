@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import dense_attention, make_rows, write_jsonl
-from runs import assert_same_weights, fit, losses
+from helpers import dense_attention
+from runs import assert_same_weights, fit, losses, made_sources
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_lightning import PreferenceSource, attention, kernels_cuda
+from sdpo_lightning import attention, kernels_cuda
 from sdpo_lightning.attention import SegmentPlan, choose_path, register_segment_attention
 from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, SharedPrefixCollator, TokenizedPair
@@ -404,10 +404,7 @@ def test_a_model_on_a_gpu(monkeypatch, kind, window, collator, bf16):
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=gpu)])
 def test_resume_is_exact_with_deterministic_kernels(tmp_path, tiny_model_dir, accelerator):
     """9 and 7 pairs, 2 a step: 5 and 4 steps. Stopped after step 7, in stage 2, and gone on with."""
-    found = []
-    for seed, (name, count) in enumerate((("a", 9), ("b", 7))):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(count, seed, name))
-        found.append(PreferenceSource(name, str(path)))
+    found = made_sources(tmp_path, {"a": 9, "b": 7})
     # Padded rows run the plain kernels of PyTorch, which have deterministic variants.
     arguments = {"accelerator": accelerator, "devices": 1, "deterministic": True, "precision": "32-true"}
     try:

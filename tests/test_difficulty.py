@@ -10,6 +10,7 @@ import torch
 from helpers import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import command_line
 from transformers import AutoModelForCausalLM
 
 from sdpo_lightning import PairLogps
@@ -108,19 +109,7 @@ def short_first(logps):
 
 @pytest.fixture
 def arguments(tmp_path, tiny_model_dir):
-    sources = []
-    for seed, name in enumerate(("a", "b", "c")):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(30, seed, name))
-        sources.append({"name": name, "path": str(path)})
-    return [
-        "rank",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--model.model_name_or_path={tiny_model_dir}",
-        f"--data.sources={json.dumps(sources)}",
-        "--data.max_length=64",
-    ]
+    return ["rank", *command_line(tmp_path, tiny_model_dir, {"a": 30, "b": 30, "c": 30})]
 
 
 def ranked(arguments, tmp_path, more):

@@ -1,5 +1,12 @@
 """Settings that trade time for memory leave logps and gradients as they are."""
 
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import make_rows, write_jsonl
@@ -131,6 +138,26 @@ def test_liger_that_is_not_installed_is_refused(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigurationError, match=r"pip install 'sdpo-lightning\[liger\]'"):
         Execution(liger=True).apply(load_policy(str(tiny_model_dir)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install 'sdpo-lightning[liger]'")
+def test_kernels_of_liger_give_the_same_gradients(tiny_model_dir):
+    """Triton's interpreter runs them on a CPU, and only in a process that begins with it."""
+    words = [sys.executable, str(Path(__file__).with_name("liger_script.py")), str(tiny_model_dir)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["ran"] == [f"liger_kernel.ops.{name}" for name in ("rms_norm", "rope", "swiglu")]
+    assert said["found"].keys() == {"kept", "recomputed"}
+    for name, differences in said["found"].items():
+        assert differences["logps"] <= 1e-4 and differences["gradients"] <= 1e-4, name
+    # Gradients are far larger than what they may differ by.
+    assert said["largest"] > 1
+    # What Liger binds to a layer is the copy's own, not the policy's.
+    assert said["reference"]["logps"] <= 1e-4 and said["reference"]["moved"] == 0
+    assert said["reference"]["policy_moved"] > 1e-2
 
 
 def test_a_model_without_marked_layers_is_refused():

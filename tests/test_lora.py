@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers import free_port, make_rows, write_jsonl
-from runs import adamw, fit, losses, metrics, reproducible
+from runs import adamw, command_line, fit, losses, made_sources, metrics, reproducible
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -57,13 +57,7 @@ FOLDERS = ["01-a", "02-b", "03-c"]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    found = []
-    for seed, (name, count) in enumerate((("a", 7), ("b", 12), ("c", 5))):
-        path = folder / f"{name}.jsonl"
-        write_jsonl(path, make_rows(count, seed, name))
-        found.append(PreferenceSource(name, str(path)))
-    return found
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 7, "b": 12, "c": 5})
 
 
 def run(run_dir, model_dir, sources, kind="lora", reference=None, module_args=None, **rest):
@@ -602,20 +596,8 @@ def test_unknown_target_modules(tmp_path, tiny_model_dir, sources):
 
 @pytest.fixture
 def words(tmp_path, tiny_model_dir):
-    sources = []
-    for seed, name in enumerate(("a", "b")):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(10, seed, name))
-        sources.append({"name": name, "path": str(path)})
-    return [
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--model.model_name_or_path={tiny_model_dir}",
-        "--model.optimizer.init_args.lr=1e-2",
-        f"--data.sources={json.dumps(sources)}",
-        "--data.max_length=64",
-        "--data.val_fraction=0.2",
-    ]
+    base = command_line(tmp_path, tiny_model_dir, {"a": 10, "b": 10})
+    return [*base, "--model.optimizer.init_args.lr=1e-2", "--data.val_fraction=0.2"]
 
 
 def test_the_command_line(tmp_path, words):

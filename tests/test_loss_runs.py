@@ -7,12 +7,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import make_rows, write_jsonl
-from runs import assert_same_weights, fit, losses, reproducible
+from runs import assert_same_weights, fit, losses, made_sources, reproducible
 from test_layouts import make, make_pairs
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from sdpo_lightning import PreferenceSource, StageCheckpoint, StageSettings
+from sdpo_lightning import StageCheckpoint, StageSettings
 from sdpo_lightning.batch_objectives import BCOShiftedLoss, SimPOLoss
 from sdpo_lightning.cli import main
 from sdpo_lightning.completion_logps import SummedLogps, WPOLogps
@@ -118,12 +117,7 @@ def test_router_coefficient():
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    found = []
-    for seed, (name, count) in enumerate((("a", 6), ("b", 5))):
-        path = write_jsonl(folder / f"{name}.jsonl", make_rows(count, seed, name))
-        found.append(PreferenceSource(name, str(path)))
-    return found
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 6, "b": 5})
 
 
 def test_bco_resumes_bit_for_bit(tmp_path, tiny_model_dir, sources):

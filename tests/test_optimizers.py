@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from helpers import free_port, make_rows, write_jsonl
-from runs import assert_same_weights, fit, losses, weights
+from helpers import free_port
+from runs import assert_same_weights, fit, losses, made_sources, weights
 
 from sdpo_lightning import PreferenceSource, StageCheckpoint
 from sdpo_lightning.cli import main
@@ -37,9 +37,7 @@ def model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[PreferenceSource]:
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [write_jsonl(folder / f"{name}.jsonl", make_rows(8, seed, name)) for seed, name in enumerate("ab")]
-    return [PreferenceSource(path.stem, str(path)) for path in paths]
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 8, "b": 8})
 
 
 class States(pl.Callback):

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_rows, write_jsonl
-from runs import assert_same_weights, fit, reproducible
+from runs import assert_same_weights, fit, made_sources, reproducible
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -56,9 +55,7 @@ def small(every_n_steps: int = 2, **more) -> SampleStatistics:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[PreferenceSource]:
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [write_jsonl(folder / f"{name}.jsonl", make_rows(8, seed, name)) for seed, name in enumerate("ab")]
-    return [PreferenceSource(path.stem, str(path)) for path in paths]
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 8, "b": 8})
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import typing
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional, Union, get_args
 
 import jsonargparse
 import pytest
@@ -27,6 +28,7 @@ from sdpo_lightning.data.rated import MOST_ANSWERS, choose_pairs, pair_number, s
 from sdpo_lightning.data.rows import VAL_FIRST_ROW, pair_id_of, row_number
 from sdpo_lightning.data.selection import sampled
 from sdpo_lightning.data.sources import SourceRows, load_source
+from sdpo_lightning.parser import OneLineParser
 from sdpo_lightning.types import ConfigurationError, LogpTable, PairLogps, PreferenceBatch, ResumeError
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -75,8 +77,14 @@ def test_settings_without_a_meaning_are_refused(given: dict[str, Any], message: 
         PreferenceSource(**{"name": "x", "path": "a.jsonl"} | given)
 
 
-def test_settings_keep_their_kinds_on_the_command_line() -> None:
-    parser = jsonargparse.ArgumentParser()
+@pytest.mark.parametrize("first", [float, int])
+def test_settings_keep_their_kinds_on_the_command_line(first: type) -> None:
+    # `typing` answers with the equal union that was made first, here or in an import.
+    for forget in typing._cleanups:
+        forget()
+    assert get_args(Optional[Union[first, *({int, float} - {first}), None]])[0] is first  # noqa: UP007, UP045
+    jsonargparse._typehints._cached_class_parsers.clear()
+    parser = OneLineParser()
     parser.add_argument("--sources", type=list[PreferenceSource])
     given = [
         {"name": "a", "path": "a", "sample": 5, "filter": {"lang": "en", "n": [1, 2], "s": {"min": 4.5}, "ok": True}},

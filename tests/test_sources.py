@@ -13,7 +13,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoConfig
 
+from sdpo_lightning.data.prepare import load_tokenizer
 from sdpo_lightning.data.sources import PreferenceSource, SourceRows, load_source
 from sdpo_lightning.types import ConfigurationError
 
@@ -590,3 +592,14 @@ def test_hh_rows_are_put_together_again() -> None:
             dialogue["rejected"],
         )
         assert "\n\nHuman:" not in row["chosen"] + row["rejected"]
+
+
+# ---- tokenizers
+
+
+# Of the first two transformers makes one from the special tokens, of the last none.
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mistral"])
+def test_a_tokenizer_without_files_is_none(tmp_path: Path, kind: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="no tokenizer at .*; set `data.tokenizer` or"):
+        load_tokenizer(str(tmp_path))

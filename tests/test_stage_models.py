@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_rows, write_jsonl
-from runs import assert_same_weights, metrics, reproducible
+from runs import assert_same_weights, made_sources, metrics, reproducible
 from runs import fit as short_fit
 from transformers import AutoModelForCausalLM
 
@@ -37,9 +37,7 @@ def fit(*arguments, **more):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[PreferenceSource]:
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [write_jsonl(folder / f"{name}.jsonl", make_rows(24, seed, name)) for seed, name in enumerate("ab")]
-    return [PreferenceSource(path.stem, str(path)) for path in paths]
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 24, "b": 24})
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from helpers import make_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import adamw, assert_same_weights, fit, losses, metrics, reproducible
+from runs import adamw, assert_same_weights, fit, losses, made_sources, metrics, reproducible
 
 from sdpo_lightning import CurriculumDataModule, DPOLitModule, PreferenceSource, StageSettings
 from sdpo_lightning.cli import main
@@ -26,11 +25,7 @@ FEW = settings(max_examples=60, deadline=None, derandomize=True)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    found = []
-    for seed, (name, count) in enumerate((("a", 7), ("b", 12))):
-        found.append(PreferenceSource(name, str(write_jsonl(folder / f"{name}.jsonl", make_rows(count, seed, name)))))
-    return found
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 7, "b": 12})
 
 
 # ---- which one counts

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers import make_rows, write_jsonl
-from runs import fit
+from runs import fit, made_sources
 from torch import nn
 
-from sdpo_lightning import CachedReference, DPOLitModule, PreferenceSource
+from sdpo_lightning import CachedReference, DPOLitModule
 
 
 class Watched(DPOLitModule):
@@ -32,8 +31,7 @@ class Watched(DPOLitModule):
 
 @pytest.fixture
 def sources(tmp_path):
-    paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(4, seed, name)) for seed, name in enumerate("ab")]
-    return [PreferenceSource(path.stem, str(path)) for path in paths]
+    return made_sources(tmp_path, {"a": 4, "b": 4})
 
 
 def run(tmp_path, model_dir, sources, **trainer_args):

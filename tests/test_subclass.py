@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_rows, write_jsonl
-from runs import losses, metrics
+from helpers import make_rows
+from runs import command_line, losses, metrics
 
 from sdpo_lightning import (
     Chunk,
@@ -105,21 +105,8 @@ class OwnOptimizer(DPOLitModule):
 
 @pytest.fixture
 def arguments(tmp_path, tiny_model_dir):
-    sources = []
-    for seed, name in enumerate(("a", "b")):
-        path = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(8, seed, name))
-        sources.append({"name": name, "path": str(path)})
-    return [
-        "fit",
-        f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        f"--model.model_name_or_path={tiny_model_dir}",
-        "--model.optimizer.init_args.lr=1e-2",
-        "--model.warmup_ratio=0",
-        f"--data.sources={json.dumps(sources)}",
-        "--data.batch_size=4",
-    ]
+    own = ["--model.optimizer.init_args.lr=1e-2", "--model.warmup_ratio=0", "--data.batch_size=4"]
+    return ["fit", *command_line(tmp_path, tiny_model_dir, {"a": 8, "b": 8}), *own]
 
 
 def first_losses(run_dir):

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from helpers import make_rows, write_jsonl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from runs import adamw, fit
+from runs import adamw, fit, made_sources
 
 from sdpo_lightning import CachedReference, CurriculumDataModule, DPOLitModule, PreferenceSource, StageSamples
 from sdpo_lightning.bars import BARS, Bars
@@ -48,9 +47,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[PreferenceSource]:
-    folder = tmp_path_factory.mktemp("sources")
-    paths = [write_jsonl(folder / f"{name}.jsonl", make_rows(8, seed, name)) for seed, name in enumerate("ab")]
-    return [PreferenceSource(path.stem, str(path)) for path in paths]
+    return made_sources(tmp_path_factory.mktemp("sources"), {"a": 8, "b": 8})
 
 
 def test_what_is_said_of_a_stage():

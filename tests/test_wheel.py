@@ -113,7 +113,7 @@ def environment_with(base: Path, folder: Path, extra: str, packages: Path, *more
 
 def test_each_extra_is_tried():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    # `make venv` installs the one for development; the tests of CUDA's two need a GPU.
+    # `make venv` installs the one for development; vLLM needs a GPU.
     assert set(extras) == {"peft", "report", "eval", "completion", "liger", "vllm", "dev"}
 
 
@@ -138,8 +138,9 @@ def test_completion_prints_a_script(base, packages, tmp_path):
     [
         ("peft", ["test_fork.py", "-k", "test_adapters"], 1),
         ("eval", ["test_evaluation.py", "-k", "h4_over_the_models or eq_bench_reads"], 2),
+        ("liger", ["test_execution.py", "-k", "kernels_of_liger"], 1),
     ],
-    ids=["peft", "eval"],
+    ids=["peft", "eval", "liger"],
 )
 def test_the_tests_of_an_extra(base, packages, tmp_path, extra, tests, passed):
     """On the wheel: a copy of the tests, without the package beside it."""

@@ -76,13 +76,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: there is none.
     """
+    missing = f"no tokenizer at {name_or_path!r}; set `data.tokenizer` or `model.model_name_or_path`: "
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"no tokenizer at {name_or_path!r}; set `data.tokenizer` or `model.model_name_or_path`: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigurationError(missing + str(error).splitlines()[0]) from error
+    # Of a model whose folder has no files of one, transformers may make it from the special tokens alone.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise ConfigurationError(f"{missing}what is there has special tokens only")
+    return tokenizer
 
 
 @dataclass(frozen=True)
