@@ -221,7 +221,7 @@ def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 def _kept_tile(kept: Tensor, count: int, columns: slice) -> Tensor:
     """The `[N, columns]` of `[N * V]` that belong to a tile."""
-    return kept[count * columns.start : count * columns.stop].view(count, -1)
+    return kept[count * columns.start : count * columns.stop].view(count, columns.stop - columns.start)
 
 
 def gather_logps(logits: Tensor, targets: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def write_pngs(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
 def _left(chart: Chart) -> float:
     """Room for what stands left of the axis, as a share of the width: the names of bars, else numbers."""
-    names = [_plain(name) for name, _, _ in chart.bars] if isinstance(chart, BarChart) else []
-    return min(0.5, max([0.13, *(0.03 + 0.0125 * len(name) for name in names)]))
+    names = [_short(name) for name, _, _ in chart.bars] if isinstance(chart, BarChart) else []
+    return max([0.13, *(0.03 + 0.0125 * len(name) for name in names)])
 
 
 def _draw_lines(axes: Any, chart: LineChart) -> None:
@@ -72,7 +72,7 @@ def _draw_lines(axes: Any, chart: LineChart) -> None:
 
 
 def _draw_bars(axes: Any, chart: BarChart) -> None:
-    names = [_plain(name) for name, _, _ in chart.bars]
+    names = [_plain(_short(name)) for name, _, _ in chart.bars]
     axes.barh(range(len(names)), [v for _, v, _ in chart.bars], xerr=[e for _, _, e in chart.bars], capsize=3)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -80,6 +80,11 @@ def _draw_bars(axes: Any, chart: BarChart) -> None:
         axes.set_xlim(min(0.0, *(v - e for _, v, e in chart.bars)), chart.top)
     if chart.level is not None:
         axes.axvline(chart.level, color="grey", linestyle=":")
+
+
+def _short(name: str) -> str:
+    """At most half of the width."""
+    return name if len(name) <= 37 else f"{name[:36]}…"
 
 
 def _plain(text: str) -> str:

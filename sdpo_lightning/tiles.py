@@ -139,10 +139,12 @@ def _plan(segment: tuple[int, int, int, int], dtype: torch.dtype) -> _Plan:
     total = prefix + end - start
     low = dtype == torch.bfloat16 and total >= BF16_KEYS
     tiles = []
-    for first in range(start, end, TILE):
-        last = min(first + TILE, end)
-        seen = prefix + last - start
-        tiles.append(_Tile(slice(first, last), last - first, prefix + first - start, _up(seen) if low else seen))
+    for start_of_tile in range(start, end, TILE):
+        last = min(start_of_tile + TILE, end)
+        first = prefix + start_of_tile - start
+        # Also a query of zeros, behind the last, has a key of its own: no window leaves it without any.
+        seen = _up(first + TILE) if low else prefix + last - start
+        tiles.append(_Tile(slice(start_of_tile, last), last - start_of_tile, first, seen))
     return _Plan(tiles, torch.bfloat16 if low else torch.float32, total <= KEPT_KEYS)
 
 
