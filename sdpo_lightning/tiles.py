@@ -98,14 +98,14 @@ class _TiledAttention(torch.autograd.Function):
                 scaled = queries.float() * ctx.scale
                 made = next(kept) if plan.keeps else _probabilities(scaled, keys, tile, ctx.window)
                 probabilities, d_out = made.float(), d_out.flatten(1, 2)
-                d_values[:, : tile.seen] += torch.bmm(made.to(plan.dtype).mT, d_out.to(plan.dtype))
+                _add_product(d_values[:, : tile.seen], made.to(plan.dtype).mT, d_out.to(plan.dtype))
                 d_probabilities = torch.bmm(d_out.float(), values[:, : tile.seen].mT)
                 # The derivative of softmax in one pass: p * (d - sum(p * d)).
                 d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, torch.float32)
                 d_scores = d_scores.to(plan.dtype)
                 d_rows = torch.bmm(d_scores, factors[:, : tile.seen]).mul_(ctx.scale)
                 d_query[:, :, tile.rows] = d_rows.view_as(queries)[:, :, : tile.number]
-                d_keys[:, : tile.seen] += torch.bmm(d_scores.mT, scaled.flatten(1, 2).to(plan.dtype))
+                _add_product(d_keys[:, : tile.seen], d_scores.mT, scaled.flatten(1, 2).to(plan.dtype))
             _add_visible(d_key, d_keys, segment)
             _add_visible(d_value, d_values, segment)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
@@ -163,6 +163,14 @@ def _probabilities(queries: Tensor, keys: Tensor, tile: _Tile, window: int | Non
     scores = torch.bmm(queries.flatten(1, 2), keys[:, : tile.seen].mT)
     _mask(scores.view(*queries.shape[:3], -1), tile, window)
     return scores.softmax(-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to an fp32 total: fp32 ones in one call, bf16 ones are rounded before."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
 
 
 def _visible(tensor: Tensor, segment: tuple[int, int, int, int], plan: _Plan) -> Tensor:
