@@ -10,7 +10,7 @@ import numpy as np
 from sdpo_lightning.data.batching import longer_side
 from sdpo_lightning.data.collate import PaddedCollator, PreferenceCollator, SharedPrefixCollator
 from sdpo_lightning.shapes import ModelShape
-from sdpo_lightning.tiles import MAX_KEYS, TILE
+from sdpo_lightning.tiles import KEPT_KEYS, MAX_KEYS, TILE
 
 # Bytes a weight. nf4: half a byte, an 8-bit scale for each 64 and a second one for each 256 of those (arXiv
 # 2305.14314); int8: one, and an fp32 scale a row, which is left out.
@@ -104,8 +104,11 @@ def load_of(lengths: np.ndarray, collator: PreferenceCollator) -> Load:
     if isinstance(collator, PaddedCollator):
         rows, longest = 2 * lengths.shape[1], collator.row_length(int(longer_side(lengths).max()))
         return Load(rows * longest, targets, mask=rows * longest**2)
-    scores = _causal(prompt + chosen) + _causal(rejected)
-    scores += rejected * prompt if isinstance(collator, SharedPrefixCollator) else _causal(prompt + rejected)
+    second = prompt + rejected
+    whole = _causal(rejected) + rejected * prompt if isinstance(collator, SharedPrefixCollator) else _causal(second)
+    # Each answer is in a segment of its own, and a long one's are made again.
+    scores = np.where(prompt + chosen <= KEPT_KEYS, _causal(prompt + chosen), 0)
+    scores += np.where(second <= KEPT_KEYS, whole, 0)
     short = longer_side(lengths).max() <= MAX_KEYS
     tokens = collator.row_length(int(collator.pair_tokens(lengths).sum()))
     return Load(tokens, targets, scores=int(scores.sum()) if short else 0)

@@ -82,6 +82,7 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient `[K, G, L, E]` of the output to those of query, key and value, in their shapes and dtypes."""
         query, key, value, *saved = ctx.saved_tensors

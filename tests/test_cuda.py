@@ -239,9 +239,9 @@ def test_the_path_goes_by_lengths(monkeypatch):
     monkeypatch.setattr(attention, "has_flash", lambda device: False)
     for length, path in ((127, "sdpa"), (128, "flex")):
         assert choose_path(SegmentPlan(((0, length, 0, 0),), CUDA), torch.float32, (64, 64)) == path
-    # What a segment sees decides on a CPU: 400 + 112 keys, and one more.
-    for length, path in ((512, "tiles"), (513, "sdpa")):
-        plan = SegmentPlan(((0, 500, 0, 0), (500, 500 + length - 400, 0, 400)), "cpu")
+    # What a segment sees decides on a CPU: 4000 + 96 keys, and one more.
+    for length, path in ((4096, "tiles"), (4097, "sdpa")):
+        plan = SegmentPlan(((0, 4050, 0, 0), (4050, 4050 + length - 4000, 0, 4000)), "cpu")
         assert choose_path(plan, torch.float32, (64, 64)) == path
 
 

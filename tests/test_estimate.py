@@ -99,6 +99,18 @@ def test_loads_by_hand():
     assert (padded.tokens, padded.mask, padded.scores) == (200, 4 * 50 * 50, 0)
 
 
+def test_loads_count_the_probabilities_that_stay():
+    # n tokens in tiles of 64 queries are n (n + 64) / 2 scores; the second answer is 100 tokens behind 400.
+    second = 100 * 164 // 2
+    for chosen, first in ((112, 512 * 576 // 2), (113, 0)):
+        lengths = np.array([[400], [chosen], [100]])
+        # A segment that sees more than 512 keys has them made again.
+        assert load_of(lengths, SharedPrefixCollator(0, 1)).scores == first + second + 400 * 100
+        assert load_of(lengths, PackedCollator(0, 1)).scores == first + 500 * 564 // 2
+    # With one of more than 4096 the whole row goes by SDPA.
+    assert load_of(np.array([[400], [3697], [100]]), PackedCollator(0, 1)).scores == 0
+
+
 # ---- what exists when
 
 

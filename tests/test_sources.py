@@ -13,7 +13,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from sdpo_lightning.data.prepare import load_tokenizer
 from sdpo_lightning.data.sources import PreferenceSource, SourceRows, load_source
@@ -603,3 +604,11 @@ def test_a_tokenizer_without_files_is_none(tmp_path: Path, kind: str) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="no tokenizer at .*; set `data.tokenizer` or"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_whose_letters_were_added_is_one(tmp_path: Path) -> None:
+    """Added tokens that aren't special stand for text."""
+    core = Tokenizer(models.BPE())
+    core.add_tokens(list("ACGT"))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("GATC").input_ids == [2, 0, 3, 1]

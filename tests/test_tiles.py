@@ -108,6 +108,16 @@ def test_long_segments_take_sdpa_with_the_same_values(monkeypatch, window):
     torch.testing.assert_close(short, long, atol=2e-6, rtol=2e-6)
 
 
+def test_a_backward_pass_under_autocast_gives_the_same_gradients():
+    """As of a `training_step` that calls `manual_backward`, or of a loop of one's own."""
+    query, key, value = mine = inputs(torch.float32)
+    out = tiled_attention(query, key, value, SEGMENTS, 0.3, None).square().sum()
+    expected = torch.autograd.grad(out, mine, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, mine)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_products_stay_in_fp32_under_autocast():
     query, key, value = (t.detach() for t in inputs(torch.float32))
     expected = tiled_attention(query, key, value, SEGMENTS, 0.3, None)

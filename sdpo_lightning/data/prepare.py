@@ -82,7 +82,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ConfigurationError(missing + str(error).splitlines()[0]) from error
     # Of a model whose folder has no files of one, transformers may make it from the special tokens alone.
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ConfigurationError(f"{missing}what is there has special tokens only")
     return tokenizer
 
