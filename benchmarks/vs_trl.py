@@ -258,9 +258,6 @@ def child(options: argparse.Namespace) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)
-    if options.variant != "fast_extras":
-        # As if the `[report]` extra weren't installed: charts stay undrawn.
-        sys.modules["matplotlib"] = None  # type: ignore[assignment]
     rows = json.loads(Path(options.rows).read_text())
     ours = options.variant in VARIANTS[3:]
     if ours:
@@ -269,6 +266,9 @@ def child(options: argparse.Namespace) -> None:
         import sdpo_lightning.module  # noqa: F401
     else:
         import trl  # noqa: F401
+    if options.variant != "fast_extras":
+        # As if the `[report]` extra weren't installed: charts stay undrawn.
+        sys.modules["matplotlib"] = None  # type: ignore[assignment]
     imported = peak_resident()
     with tempfile.TemporaryDirectory() as out:
         if options.variant == "bare":
