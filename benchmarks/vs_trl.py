@@ -209,9 +209,11 @@ def run_bare(model_dir: Path, rows: list[dict[str, str]], epochs: int) -> list[f
     from sdpo_lightning.data.collate import PairTokenizer, SharedPrefixCollator
     from sdpo_lightning.logprobs import pair_logps
     from sdpo_lightning.losses import dpo_loss
+    from sdpo_lightning.memory import keep_freed_memory
     from sdpo_lightning.types import PairLogps
 
     measured_from()
+    keep_freed_memory()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenize = PairTokenizer(tokenizer, 512)
     pairs = [tokenize(row["prompt"], row["chosen"], row["rejected"]) for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdpo_lightning.estimate_run import Load, Run, StageLoad
-from sdpo_lightning.logprobs import COLUMNS
+from sdpo_lightning.logprobs import tile_width
 
 GIB = 2**30
 # Measured, 58 to 69 MiB: the peak above the imports of a `fit` of a model of 2 MiB.
@@ -176,8 +176,7 @@ def _head(run: Run, load: Load, trains: bool = True) -> tuple[float, float]:
     """Bytes of logits and head at the end of the forward pass and at the height of its backward pass."""
     shape, budget = run.shape, run.logits_budget_mb * 2**20
     logits = load.targets * shape.vocab * run.number
-    width = min(shape.vocab, max(1, int(budget / (8 * max(1, load.targets)))))
-    width = width if run.cuda else min(width, COLUMNS)
+    width = tile_width(load.targets, shape.vocab, run.logits_budget_mb, not run.cuda)
     # A tile in fp32 with its softmax, and in bf16 the product that it is made of.
     tile = load.targets * width * (8 + (2 if run.bf16 else 0))
     selected = load.targets * shape.hidden * run.number

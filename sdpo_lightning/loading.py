@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sdpo_lightning.backbone import CausalBackbone
+from sdpo_lightning.memory import keep_freed_memory
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.sharding import Sharding
 from sdpo_lightning.types import ConfigurationError
@@ -36,6 +37,7 @@ def load_on_ranks(
     Raises:
         ConfigurationError: the two aren't the same model.
     """
+    keep_freed_memory()
     if sharding is None and (not dist.is_initialized() or dist.get_world_size() == 1):
         return load()
     skeleton = load_skeleton()

@@ -197,12 +197,23 @@ class _LinearLogps(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _tiles(hidden: Tensor, vocab: int, budget_mb: float) -> list[slice]:
-    """The columns in parts whose fp32 logits and softmax, of all rows, fit the budget; on a CPU its cache too."""
-    width = int(budget_mb * 2**20 / (8 * max(1, len(hidden))))
-    width = min(width, COLUMNS) if hidden.device.type == "cpu" else width
+def tile_width(rows: int, vocab: int, budget_mb: float, on_cpu: bool) -> int:
+    """Columns whose fp32 logits and softmax, of all rows, fit the budget; on a CPU its cache too.
+
+    Args:
+        rows: completion positions that go through the head together.
+        vocab: V, rows of the head.
+        budget_mb: MiB.
+        on_cpu: where it is computed.
+    """
+    width = int(budget_mb * 2**20 / (8 * max(1, rows)))
+    width = min(width, COLUMNS) if on_cpu else width
     # Whole kernels' worth, where it is so much.
-    width = width // ROWS * ROWS or max(1, width)
+    return min(vocab, width // ROWS * ROWS or max(1, width))
+
+
+def _tiles(hidden: Tensor, vocab: int, budget_mb: float) -> list[slice]:
+    width = tile_width(len(hidden), vocab, budget_mb, hidden.device.type == "cpu")
     return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
 
