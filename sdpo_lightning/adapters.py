@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_bitsandbytes_available, is_peft_available
 
+from sdpo_lightning.input_casts import share_input_casts
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.types import ConfigurationError, QuantizationName, ResumeError
 
@@ -127,6 +128,8 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> N
             ) from error
     for layer in _adapted(model):
         layer.set_adapter(TRAINED)
+    # Their first halves take what the base takes.
+    share_input_casts(model)
     if settings.export_merged and model.config.get_text_config().tie_word_embeddings:
         _refuse_adapted_ties(model)
     # A skeleton gets its values later.
