@@ -5,6 +5,7 @@ Autocast casts it for each of them, and autograd keeps each copy: of the input o
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 
-class LastCast:
-    """The latest input and its copy, as long as the input lives."""
+class LastCast(threading.local):
+    """The latest input of a thread and its copy, as long as the input lives."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
@@ -21,18 +22,26 @@ class LastCast:
         self._copy: Tensor | None = None
 
     def cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor in another dtype: the copy of the last call if that was of the same numbers.
+        """The tensor in another dtype: the copy of the last call if that was of the same numbers and graph.
 
         Args:
             tensor: of any shape.
             dtype: of the copy.
         """
-        # A copy without a graph is no use where one is wanted; an inference tensor has no version.
-        key = (dtype, torch.is_grad_enabled(), None if tensor.is_inference() else tensor._version)
-        if self._copy is None or self._source is None or self._source() is not tensor or self._key != key:
-            self._copy, self._key = tensor.to(dtype), key
-            self._source = weakref.ref(tensor, self._forget)
-        return self._copy
+        # In inference mode no version tells of changes. The copy of a leaf would keep it alive by its graph.
+        if tensor.is_inference() or torch.is_inference_mode_enabled() or (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(dtype)
+        # A copy without a graph is no use where one is wanted.
+        key = (dtype, torch.is_grad_enabled(), tensor.requires_grad, tensor._version)
+        known = self._copy
+        if known is not None and self._source is not None and self._source() is tensor and self._key == key:
+            return known
+        # First of all: an input that dies meanwhile must not take the new copy with it.
+        self._source = self._copy = None
+        copy = tensor.to(dtype)
+        self._copy, self._key = copy, key
+        self._source = weakref.ref(tensor, self._forget)
+        return copy
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:
         # Not that of a later input.
@@ -62,6 +71,7 @@ def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] |
         return None
     [tensor] = inputs
     kind = tensor.device.type
-    if tensor.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+    # Without values there is no autocast, and asking for it is an error.
+    if tensor.dtype != torch.float32 or tensor.is_meta or not torch.is_autocast_enabled(kind):
         return None
     return (_LAST.cast(tensor, torch.get_autocast_dtype(kind)),)

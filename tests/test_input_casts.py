@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -107,9 +108,72 @@ def test_a_copy_without_a_graph_is_not_used_where_one_is_wanted():
     with torch.no_grad():
         assert not casts.cast(rows, torch.bfloat16).requires_grad
     assert casts.cast(rows, torch.bfloat16).requires_grad
+
+
+def test_what_can_change_unseen_is_cast_each_time():
+    """Tensors of inference mode have no version; copies made there can't be kept for a backward pass."""
+    casts = LastCast()
     with torch.inference_mode():
-        other = torch.ones(2)
-        assert casts.cast(other, torch.bfloat16) is casts.cast(other, torch.bfloat16)
+        rows = torch.ones(2)
+        casts.cast(rows, torch.bfloat16)
+        rows.mul_(2)
+        assert casts.cast(rows, torch.bfloat16).tolist() == [2.0, 2.0]
+    ordinary = torch.ones(2)
+    with torch.inference_mode():
+        assert casts.cast(ordinary, torch.bfloat16).is_inference()
+    assert not casts.cast(ordinary, torch.bfloat16).is_inference()
+
+
+def test_a_graph_that_comes_or_goes_is_seen():
+    casts, rows = LastCast(), torch.ones(2, 3)
+    assert not casts.cast(rows, torch.bfloat16).requires_grad
+    rows.requires_grad_()
+    assert casts.cast(rows, torch.bfloat16).requires_grad
+    inner = rows * 2
+    assert casts.cast(inner, torch.bfloat16).requires_grad
+    inner.detach_()
+    assert not casts.cast(inner, torch.bfloat16).requires_grad
+
+
+def test_leaves_one_after_the_other():
+    """The copy of a leaf has the leaf in its graph: it would keep it, and let it die amid the next call."""
+    layer = nn.Linear(4, 4)
+    share_input_casts(layer)
+    leaves = []
+    for _ in range(5):
+        rows = torch.randn(2, 4, requires_grad=True)
+        with autocast():
+            layer(rows).float().sum().backward()
+        assert rows.grad is not None
+        leaves.append(weakref.ref(rows))
+        del rows
+    gc.collect()
+    assert [leaf() for leaf in leaves] == [None] * 5
+
+
+def test_an_input_that_dies_with_its_copy():
+    """The old copy is all that holds the old input: the end of both must not take the new copy with it."""
+    casts, rows = LastCast(), torch.ones(2)
+    casts.cast(rows, torch.bfloat16).held = rows
+    del rows
+    for number in (2.0, 3.0):
+        assert casts.cast(torch.full((2,), number), torch.bfloat16).tolist() == [number] * 2
+
+
+def test_threads_have_copies_of_their_own():
+    casts, rows = LastCast(), torch.ones(2)
+    mine = casts.cast(rows, torch.bfloat16)
+    theirs = []
+    thread = threading.Thread(target=lambda: theirs.append(casts.cast(rows, torch.bfloat16)))
+    thread.start()
+    thread.join()
+    assert theirs[0] is not mine and casts.cast(rows, torch.bfloat16) is mine
+
+
+def test_a_model_without_values():
+    model = nn.Linear(3, 3, device="meta")
+    share_input_casts(model)
+    assert model(torch.empty(2, 3, device="meta")).shape == (2, 3)
 
 
 def test_the_copy_goes_with_the_input():
