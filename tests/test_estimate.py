@@ -404,8 +404,11 @@ def test_the_slurm_script_agrees_with_its_config():
 
 @pytest.mark.slow
 def test_what_exists_at_half_the_size(tmp_path):
-    """With an allocator that keeps nothing: what it keeps otherwise is luck at this size."""
-    config = benchmark.write_setting("recomputed", tmp_path, pairs=8, scale=2)
+    """With an allocator that keeps nothing: what it keeps otherwise is luck at this size.
+
+    Three steps a stage: a stage's first has no optimizer states yet at its height.
+    """
+    config = benchmark.write_setting("recomputed", tmp_path, pairs=24, scale=2)
     estimated, measured = benchmark.estimated(config), benchmark.measure(config, cpu=None, returns=True)
     assert estimated / measured == pytest.approx(1, abs=0.15), (estimated, measured)
 
