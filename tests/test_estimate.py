@@ -402,13 +402,14 @@ def test_the_slurm_script_agrees_with_its_config():
 # ---- measured
 
 
-@pytest.mark.slow
-def test_what_exists_at_half_the_size(tmp_path):
-    """With an allocator that keeps nothing: what it keeps otherwise is luck at this size.
+ONE_STEP = "stages of one step: no optimizer states at its height, and the estimate counts them"
 
-    Three steps a stage: a stage's first has no optimizer states yet at its height.
-    """
-    config = benchmark.write_setting("recomputed", tmp_path, pairs=24, scale=2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", [24, pytest.param(8, marks=pytest.mark.xfail(strict=True, reason=ONE_STEP))])
+def test_what_exists_at_half_the_size(tmp_path, pairs):
+    """With an allocator that keeps nothing: what it keeps otherwise is luck at this size."""
+    config = benchmark.write_setting("recomputed", tmp_path, pairs=pairs, scale=2)
     estimated, measured = benchmark.estimated(config), benchmark.measure(config, cpu=None, returns=True)
     assert estimated / measured == pytest.approx(1, abs=0.15), (estimated, measured)
 
