@@ -31,8 +31,9 @@ from sdpo_lightning.kernels_cuda import (
     has_flash,
     varlen_attention,
 )
+from sdpo_lightning.last_layer import ReadPositions, read_positions
 from sdpo_lightning.tiles import MAX_KEYS, tiled_attention
-from sdpo_lightning.types import Segments
+from sdpo_lightning.types import PreferenceBatch, Segments
 
 NAME = "segment_sdpa"
 
@@ -47,13 +48,14 @@ class SegmentPlan:
     Args:
         bounds: the segments; together, in order, they cover the row.
         device: of the row.
+        read: positions that are read behind the last layer; None is all.
     """
 
     # A plain class: FSDP would copy a dataclass for each layer, and what it holds would be made again.
-    def __init__(self, bounds: Segments, device: torch.device | str) -> None:
+    def __init__(self, bounds: Segments, device: torch.device | str, read: ReadPositions | None = None) -> None:
         ends = [0, *(end for _, end, _, _ in bounds)]
         assert [start for start, _, _, _ in bounds] == ends[:-1], "segments have a gap"
-        self.bounds = bounds
+        self.bounds, self.read = bounds, read
         self.device = torch.device(device)
         self.length = ends[-1]
         self.longest = max(end - start + prefix_end - prefix_start for start, end, prefix_start, prefix_end in bounds)
@@ -73,6 +75,18 @@ class SegmentPlan:
         if window not in self._block_masks:
             self._block_masks[window] = build_block_mask(self.bounds, window, self.device)
         return self._block_masks[window]
+
+
+def segment_arguments(batch: PreferenceBatch) -> dict[str, SegmentPlan]:
+    """What a model is given beside a packed row; nothing beside padded ones.
+
+    Args:
+        batch: on its device.
+    """
+    if batch.segments is None:
+        return {}
+    read = read_positions(batch.source_index, batch.input_ids.numel())
+    return {"segments": SegmentPlan(batch.segments, batch.input_ids.device, read)}
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdpo_lightning.adapters import TRAINED, LoraSettings, adapter_state, add_adapters
-from sdpo_lightning.attention import SegmentPlan, packed_rows, register_segment_attention
+from sdpo_lightning.attention import packed_rows, register_segment_attention, segment_arguments
 from sdpo_lightning.casts import CASTS
 from sdpo_lightning.input_casts import share_input_casts
+from sdpo_lightning.last_layer import narrow_last_layer
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import ParkedWeights, offload_activations
 from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
@@ -50,6 +51,7 @@ class CausalBackbone(nn.Module):
         super().__init__()
         self.model, self.logits_budget_mb = model, logits_budget_mb
         share_input_casts(model)
+        narrow_last_layer(model)
         self.offloads_activations = self._compiles_layers = False
         # Not a module of this one: a tuple hides the blueprint.
         self._cut: tuple[Sharding, CausalBackbone] | None = None
@@ -66,18 +68,16 @@ class CausalBackbone(nn.Module):
 
     def forward(self, batch: PreferenceBatch, collisions: bool = False) -> Tensor:
         """Log-probabilities `[N]` (float32, nats) of the completion tokens, or `[2, N]`; see `linear_token_logps`."""
-        packed, device = batch.segments is not None, batch.input_ids.device
-        segments = {} if batch.segments is None else {"segments": SegmentPlan(batch.segments, device)}
         offload = offload_activations() if self.offloads_activations and self.training else nullcontext()
-        parked = self._parked.on(device) if self._parked is not None else nullcontext()
+        parked = self._parked.on(batch.input_ids.device) if self._parked is not None else nullcontext()
         with parked:
-            with packed_rows(packed), CASTS.in_use(), offload:
+            with packed_rows(batch.segments is not None), CASTS.in_use(), offload:
                 outputs = self.model.base_model(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     position_ids=batch.position_ids,
                     use_cache=False,
-                    **segments,
+                    **segment_arguments(batch),
                     **self.router.arguments(),
                 )
             self.router.keep(outputs.get("router_logits"), batch)
