@@ -7,6 +7,7 @@ token. So queries, the output projection and the MLP of the last layer leave pro
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -75,17 +76,23 @@ def narrow_last_layer(model: nn.Module) -> bool:
         model: of transformers; its weights and their names stay.
 
     Returns:
-        Whether its attention and a plain MLP are known; else nothing is left out. A mixture of experts isn't plain: its
-        router is measured on all tokens.
+        Whether its attention and a plain MLP are known and used once; else nothing is left out. A mixture of experts
+        isn't plain: its router is measured on all tokens.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    uses = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    layers = [module for module in uses if isinstance(module, GradientCheckpointingLayer)]
     parts = dict(layers[-1].named_children()) if layers else {}
     attention = next((parts[name] for name in ATTENTIONS if name in parts), None)
     mlp = next((parts[name] for name in MLPS if name in parts), None)
     if attention is None or mlp is None or not _is_plain(mlp):
         return False
+    if _tell in attention._forward_pre_hooks.values():
+        return True
+    narrowed = [mlp, *(part for name, part in attention.named_children() if name in PROJECTIONS)]
+    if any(uses[module] > 1 for module in (attention, *narrowed)):
+        return False
     attention.register_forward_pre_hook(_tell, with_kwargs=True)
-    for module in (mlp, *(part for name, part in attention.named_children() if name in PROJECTIONS)):
+    for module in narrowed:
         module.register_forward_pre_hook(_leave_out)
         module.register_forward_hook(_fill_up)
     return True
