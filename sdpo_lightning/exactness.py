@@ -1,4 +1,4 @@
-"""Rank 3: which layout is exact for this model? One pair against the model's plain forward."""
+"""Rank 3: which layout is exact for this model? Two pairs against the model's plain forward."""
 
 from __future__ import annotations
 
@@ -110,21 +110,32 @@ def layout_problem(backbone: CausalBackbone, collator: PreferenceCollator, toler
 
 
 def _difference(backbone: CausalBackbone, collator: PreferenceCollator) -> float:
+    """The largest relative difference of two pairs' summed logps; NaN if one of them is."""
     device = next(backbone.parameters()).device
     vocab = backbone.model.config.get_text_config().vocab_size
     ids = [(7 * i + 3) % vocab for i in range(24)]
-    pairs = [TokenizedPair(ids[:2], ids[2:8], ids[9:12]), TokenizedPair(ids[3:9], ids[10:12], ids[12:24])]
+    # The sequences of a side are of one length, so that the plain forward takes them together without padding.
+    pairs = [TokenizedPair(ids[:2], ids[2:8], ids[8:]), TokenizedPair(ids[3:9], ids[10:12], ids[12:])]
     batch = collator([0, 1], pairs, [1.0, 1.0], 2).to(device)
     ours = pair_logps(backbone(batch), batch)
-    worst = 0.0
-    for number, pair in enumerate(pairs):
-        for logps, completion in ((ours.chosen, pair.chosen_ids), (ours.rejected, pair.rejected_ids)):
-            plain = _plain_logp(backbone, pair.prompt_ids, completion, device)
-            worst = max(worst, ((logps[number] - plain).abs() / plain.abs().clamp(min=1)).item())
-    return worst if worst == worst else float("inf")
+    found = []
+    for logps, completions in (
+        (ours.chosen, [pair.chosen_ids for pair in pairs]),
+        (ours.rejected, [pair.rejected_ids for pair in pairs]),
+    ):
+        plain = _plain_logps(backbone, [pair.prompt_ids for pair in pairs], completions, device)
+        found.append((logps - plain).abs() / plain.abs().clamp(min=1))
+    return torch.cat(found).max().item()
 
 
-def _plain_logp(backbone: CausalBackbone, prompt: list[int], completion: list[int], device: torch.device) -> Tensor:
-    ids = torch.tensor([prompt + completion], device=device)
-    logits = backbone.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return gather_logps(logits, ids[0, len(prompt) :]).sum()
+def _plain_logps(
+    backbone: CausalBackbone, prompts: list[list[int]], completions: list[list[int]], device: torch.device
+) -> Tensor:
+    """Summed logps `[B]` of the completions, by the model as it comes."""
+    ids = torch.tensor([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
+    ids = ids.to(device)
+    logits = backbone.model(input_ids=ids, use_cache=False).logits
+    sums = []
+    for row, prompt in enumerate(prompts):
+        sums.append(gather_logps(logits[row, len(prompt) - 1 : -1], ids[row, len(prompt) :]).sum())
+    return torch.stack(sums)

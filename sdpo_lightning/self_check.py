@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+import torch
 
 from sdpo_lightning.backbone import weights_digest
 from sdpo_lightning.run_parts import StageModule
@@ -23,10 +24,11 @@ def compare_logps(
     fp32 = str(pl_module.trainer.precision) == "32-true"
     tolerance = pl_module.reference.tolerance if fp32 else pl_module.reference.tolerance_bf16
     real = batch.weights > 0
-    worst = 0.0
+    found = []
     for ours, theirs in ((policy.chosen, reference.chosen), (policy.rejected, reference.rejected)):
-        relative = (ours - theirs).abs() / ours.abs().clamp(min=1)
-        worst = max(worst, relative[real].max().item() if bool(real.any()) else 0.0)
+        found.append(((ours - theirs).abs() / ours.abs().clamp(min=1))[real])
+    # A tensor's maximum is NaN if one of its numbers is; Python's need not be.
+    worst = torch.cat(found).max().item() if bool(real.any()) else 0.0
     if worst <= tolerance:
         return ""
     return f"policy and reference logps differ by {worst:.1e} of max(1, |logp|), allowed {tolerance:.0e}"

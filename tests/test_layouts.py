@@ -1,6 +1,7 @@
 """Every layout gives the same logps and gradients as one padded sequence at a time, for each architecture."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sdpo_lightning.backbone import CausalBackbone
 from sdpo_lightning.data.collate import PackedCollator, PaddedCollator, SharedPrefixCollator, TokenizedPair
 from sdpo_lightning.exactness import choose_layout, layout_problem
 from sdpo_lightning.logprobs import gather_logps, pair_logps
+from sdpo_lightning.self_check import compare_logps
 
 COMMON = {
     "vocab_size": 96,
@@ -127,6 +129,30 @@ def test_the_check_notices_an_attention_that_ignores_segments():
     backbone.model.set_attn_implementation("sdpa")
     assert "logps differ" in layout_problem(backbone, SharedPrefixCollator(0))
     assert layout_problem(backbone, PaddedCollator(0)) == ""
+
+
+def test_numbers_that_are_none_are_not_exact():
+    """NaN in one of a packed row's hidden states, and in none of the plain forward's two rows."""
+    backbone = make("llama")
+
+    def spoil(module, inputs, output):
+        return output if len(output) == 2 else torch.where(torch.arange(output.shape[1])[:, None] == 1, torch.nan, output)
+
+    backbone.model.model.norm.register_forward_hook(spoil)
+    assert "differ by nan" in layout_problem(backbone, SharedPrefixCollator(0))
+
+
+def test_a_self_check_of_numbers_that_are_none_fails():
+    """The second of two pairs has no chosen logp; as a filler pair it isn't looked at."""
+    module = SimpleNamespace(trainer=SimpleNamespace(precision="32-true"), reference=SimpleNamespace(tolerance=1e-5))
+    logps = [torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -6.0])]
+    same = SimpleNamespace(chosen=logps[0], rejected=logps[1])
+    none = SimpleNamespace(chosen=torch.tensor([-3.0, float("nan")]), rejected=logps[1])
+    real, filler = (SimpleNamespace(weights=torch.tensor([1.0, weight])) for weight in (1.0, 0.0))
+    assert compare_logps(module, real, same, same) == ""
+    assert "differ by nan" in compare_logps(module, real, none, same)
+    assert "differ by nan" in compare_logps(module, real, same, none)
+    assert compare_logps(module, filler, none, same) == ""
 
 
 def test_a_shared_prompt_stands_once():
