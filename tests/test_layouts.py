@@ -136,7 +136,8 @@ def test_numbers_that_are_none_are_not_exact():
     backbone = make("llama")
 
     def spoil(module, inputs, output):
-        return output if len(output) == 2 else torch.where(torch.arange(output.shape[1])[:, None] == 1, torch.nan, output)
+        second = torch.arange(output.shape[1])[:, None] == 1
+        return output if len(output) == 2 else torch.where(second, torch.nan, output)
 
     backbone.model.model.norm.register_forward_hook(spoil)
     assert "differ by nan" in layout_problem(backbone, SharedPrefixCollator(0))
