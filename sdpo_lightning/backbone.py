@@ -19,8 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sdpo_lightning.adapters import TRAINED, LoraSettings, adapter_state, add_adapters
 from sdpo_lightning.attention import packed_rows, register_segment_attention, segment_arguments
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.input_casts import share_input_casts
-from sdpo_lightning.last_layer import narrow_last_layer
+from sdpo_lightning.economy import economise
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import ParkedWeights, offload_activations
 from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
@@ -50,8 +49,7 @@ class CausalBackbone(nn.Module):
     def __init__(self, model: PreTrainedModel, logits_budget_mb: float = 256.0) -> None:
         super().__init__()
         self.model, self.logits_budget_mb = model, logits_budget_mb
-        share_input_casts(model)
-        narrow_last_layer(model)
+        economise(model)
         self.offloads_activations = self._compiles_layers = False
         # Not a module of this one: a tuple hides the blueprint.
         self._cut: tuple[Sharding, CausalBackbone] | None = None

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_lightning.input_casts import share_input_casts
+from sdpo_lightning.norms import keep_less_in_norms
 from sdpo_lightning.types import ConfigurationError
 
 _TRACE = "size_trace"
@@ -172,6 +173,7 @@ def _saved(config: PretrainedConfig, layers: int, tokens: int, bf16: bool) -> in
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_TRACE).train()
         share_input_casts(model)
+        keep_less_in_norms(model)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
         autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)

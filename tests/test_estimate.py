@@ -67,10 +67,10 @@ def test_parameters_are_counted_exactly():
 
 
 def test_what_a_layer_keeps_a_token_by_hand():
-    # D 16, keys and values 8, MLP 40. Each of two norms keeps its input, x / rms and its output; rotated queries
+    # D 16, keys and values 8, MLP 40. Each of two norms keeps its input and has its output kept; rotated queries
     # and keys, values, the attention's output twice (as it is, and with heads put together); the MLP's gate, its
-    # activation, up, and their product. The rms is one number, twice. The first norm's input is the layer's input.
-    numbers = 2 * 3 * 16 + (16 + 8 + 8) + 2 * 16 + 4 * 40 + 2
+    # activation, up, and their product. Each rms is one number. The first norm's input is the layer's input.
+    numbers = 2 * 2 * 16 + (16 + 8 + 8) + 2 * 16 + 4 * 40 + 2
     assert model_shape(TINY, bf16=False).kept_layer == 4 * numbers
     low = model_shape(TINY, bf16=True)
     assert 0.5 < low.kept_layer / (4 * numbers) < 0.8
