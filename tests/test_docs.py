@@ -17,14 +17,14 @@ import yaml
 from helpers import make_rows, write_jsonl
 from runs import ParsesOnly, parity_in_this_process
 
-from sdpo_lightning import parity_command
+from sdpo_lightning import evaluate_command, parity_command
 from sdpo_lightning.cli import main
 from sdpo_lightning.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
-# Run by tests of their own: tests/test_demo.py.
-ELSEWHERE = ("demo",)
+# Run by tests of their own: tests/test_demo.py, tests/test_manners.py.
+ELSEWHERE = ("demo", "--print_completion")
 # Seconds that the fast suite may spend: these pages' commands are run in it, the others' by `make test-slow`.
 FAST_PAGES = ("quickstart.md",)
 # matplotlib alone takes seconds.
@@ -161,6 +161,10 @@ def test_a_command_runs(line, world, capsys, monkeypatch):
     # As programs: tests/test_parity.py.
     monkeypatch.setattr(parity_command, "_run", parity_in_this_process)
     if words[0] in ELSEWHERE:
+        return
+    if words[0] == "evaluate":
+        # Run by tests/test_evaluation.py: its suites are downloads. Here all words have a meaning.
+        assert evaluate_command._parser().parse_args(words[1:]).suite in words
         return
     if "--print_config" in words:
         with pytest.raises(SystemExit) as stop:
