@@ -77,15 +77,16 @@ class SegmentPlan:
         return self._block_masks[window]
 
 
-def segment_arguments(batch: PreferenceBatch) -> dict[str, SegmentPlan]:
+def segment_arguments(batch: PreferenceBatch, leaves_out: bool = True) -> dict[str, SegmentPlan]:
     """What a model is given beside a packed row; nothing beside padded ones.
 
     Args:
         batch: on its device.
+        leaves_out: what isn't read of the last layer isn't computed there.
     """
     if batch.segments is None:
         return {}
-    read = read_positions(batch.source_index, batch.input_ids.numel())
+    read = read_positions(batch.source_index, batch.input_ids.numel()) if leaves_out else None
     return {"segments": SegmentPlan(batch.segments, batch.input_ids.device, read)}
 
 

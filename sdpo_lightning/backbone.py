@@ -19,12 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sdpo_lightning.adapters import TRAINED, LoraSettings, adapter_state, add_adapters
 from sdpo_lightning.attention import packed_rows, register_segment_attention, segment_arguments
 from sdpo_lightning.casts import CASTS
-from sdpo_lightning.economy import economise
 from sdpo_lightning.logprobs import linear_token_logps, token_logps
 from sdpo_lightning.offload import ParkedWeights, offload_activations
 from sdpo_lightning.quantization import quantization_config, same_kernels_in_eval
 from sdpo_lightning.ranks import from_first_rank
 from sdpo_lightning.router import RouterLoss
+from sdpo_lightning.savings import save_work
 from sdpo_lightning.sharding import (
     Sharding,
     copy_shards_,
@@ -49,7 +49,7 @@ class CausalBackbone(nn.Module):
     def __init__(self, model: PreTrainedModel, logits_budget_mb: float = 256.0) -> None:
         super().__init__()
         self.model, self.logits_budget_mb = model, logits_budget_mb
-        economise(model)
+        save_work(model)
         self.offloads_activations = self._compiles_layers = False
         # Not a module of this one: a tuple hides the blueprint.
         self._cut: tuple[Sharding, CausalBackbone] | None = None
@@ -75,7 +75,7 @@ class CausalBackbone(nn.Module):
                     attention_mask=batch.attention_mask,
                     position_ids=batch.position_ids,
                     use_cache=False,
-                    **segment_arguments(batch),
+                    **segment_arguments(batch, leaves_out=not self._compiles_layers),
                     **self.router.arguments(),
                 )
             self.router.keep(outputs.get("router_logits"), batch)

@@ -17,6 +17,7 @@ from sdpo_lightning.data.collate import (
     TokenizedPair,
 )
 from sdpo_lightning.logprobs import gather_logps, pair_logps
+from sdpo_lightning.norms import own_norms
 from sdpo_lightning.types import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,8 @@ def layout_problem(backbone: CausalBackbone, collator: PreferenceCollator, toler
     backbone.eval()
     try:
         difference = _difference(backbone, collator)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return str(error).splitlines()[0]
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
     finally:
         backbone.train(was_training)
     return "" if difference <= tolerance else f"logps differ by {difference:.1e}, allowed {tolerance:.0e}"
@@ -134,7 +135,8 @@ def _plain_logps(
     """Summed logps `[B]` of the completions, by the model as it comes."""
     ids = torch.tensor([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)])
     ids = ids.to(device)
-    logits = backbone.model(input_ids=ids, use_cache=False).logits
+    with own_norms():
+        logits = backbone.model(input_ids=ids, use_cache=False).logits
     sums = []
     for row, prompt in enumerate(prompts):
         sums.append(gather_logps(logits[row, len(prompt) - 1 : -1], ids[row, len(prompt) :]).sum())

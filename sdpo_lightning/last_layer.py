@@ -55,7 +55,7 @@ def read_positions(source_index: Tensor, length: int) -> ReadPositions | None:
         None if nothing would be left out. Nothing waits for the device.
     """
     count = len(source_index)
-    # A short row is one of a check.
+    # A few come as they are: so does the row of the start-up check.
     count += -count % ROWS if count > ROWS else 0
     if count >= length:
         return None
@@ -68,7 +68,7 @@ def read_positions(source_index: Tensor, length: int) -> ReadPositions | None:
 
 
 def narrow_last_layer(model: nn.Module) -> bool:
-    """Have the last decoder layer of a model leave out what isn't read.
+    """Have the last decoder layer of a model, in the order of its modules, leave out what isn't read.
 
     Its attention learns from the `read` of a keyword argument `segments` what that is; without one all is computed.
 
@@ -95,6 +95,7 @@ def narrow_last_layer(model: nn.Module) -> bool:
     for module in narrowed:
         module.register_forward_pre_hook(_leave_out)
         module.register_forward_hook(_fill_up)
+    mlp.register_forward_hook(_forget)
     return True
 
 
@@ -105,7 +106,7 @@ def _is_plain(mlp: nn.Module) -> bool:
 
 
 def _tell(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    # A compiled layer computes all positions.
+    # Not on the layer, whose hooks don't run again when it is recomputed. A compiled layer computes all positions.
     if not torch.compiler.is_compiling():
         segments = keywords.get("segments")
         _ROW.read = None if segments is None else segments.read
@@ -114,13 +115,21 @@ def _tell(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) 
 def _leave_out(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if torch.compiler.is_compiling() or _ROW.read is None or len(inputs) != 1:
         return None
-    return (_Gather.apply(inputs[0], _ROW.read),)
+    [row] = inputs
+    return (_Gather.apply(row, _ROW.read),) if row.shape[:2] == (1, len(_ROW.read.places)) else None
 
 
 def _fill_up(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    if torch.compiler.is_compiling() or _ROW.read is None or output.shape[1] == len(_ROW.read.places):
+    if torch.compiler.is_compiling() or _ROW.read is None or len(inputs) != 1:
         return None
-    return _Scatter.apply(output, _ROW.read)
+    # The hook sees what the module was given: a whole row if nothing was left out.
+    return _Scatter.apply(output, _ROW.read) if inputs[0].shape[:2] == (1, len(_ROW.read.positions)) else None
+
+
+def _forget(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # The MLP comes last; the next row has other positions.
+    if not torch.compiler.is_compiling():
+        _ROW.read = None
 
 
 class _Gather(torch.autograd.Function):

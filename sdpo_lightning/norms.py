@@ -1,13 +1,17 @@
 """Rank 0: RMS norms (arXiv 1910.07467) that keep their input for the backward pass, and one number a token.
 
 Autograd keeps the input in fp32 and the normalised numbers too, and goes over them a dozen times; both follow from the
-input. Values are those of the model's own norms bit for bit, gradients are computed in fp32.
+input. Values are those of the model's own norms bit for bit, which is tried for each, gradients are computed in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import signature
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +40,21 @@ class _Lean:
     """Marks classes that are made here."""
 
 
-_KNOWN: dict[type[nn.Module], type[nn.Module] | None] = {}
+_own: ContextVar[bool] = ContextVar("own", default=False)
+
+
+@contextmanager
+def own_norms() -> Iterator[None]:
+    """Within it norms compute as the model's authors wrote them."""
+    token = _own.set(True)
+    try:
+        yield
+    finally:
+        _own.reset(token)
 
 
 def keep_less_in_norms(model: nn.Module) -> int:
-    """Give the RMS norms of a model a backward pass of our own.
+    """Give the RMS norms of a model a backward pass of our own, which has no second derivative.
 
     Args:
         model: of transformers; its weights and their names stay. Norms of a form that isn't known stay as they are.
@@ -50,59 +64,90 @@ def keep_less_in_norms(model: nn.Module) -> int:
     """
     found = 0
     for module in model.modules():
-        # By class, not by the numbers of this module: it may have none yet.
-        if type(module).__name__.endswith("RMSNorm") and (lean := _lean_class(type(module))) is not None:
-            module.__class__ = lean
-            found += 1
+        kind = type(module)
+        # Liger puts classes of its own in the place of transformers' ones.
+        if kind.__name__.endswith("RMSNorm") and kind.__module__.startswith("transformers.models."):
+            form = None if isinstance(module, _Lean) else _form_of(module)
+            module.__class__ = kind if form is None else _subclass(kind, form)
+            found += isinstance(module, _Lean)
     return found
 
 
-def _lean_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """A subclass that computes the same; None where the class isn't known to compute any form."""
-    if issubclass(kind, _Lean):
-        return kind
-    if kind not in _KNOWN:
-        form = _form_of(kind)
-        _KNOWN[kind] = None if form is None else _subclass(kind, form)
-    return _KNOWN[kind]
+_SUBCLASSES: dict[tuple[type[nn.Module], Form], type[nn.Module]] = {}
 
 
 def _subclass(kind: type[nn.Module], form: Form) -> type[nn.Module]:
+    if (kind, form) not in _SUBCLASSES:
+        _SUBCLASSES[kind, form] = _new_subclass(kind, form)
+    return _SUBCLASSES[kind, form]
+
+
+def _new_subclass(kind: type[nn.Module], form: Form) -> type[nn.Module]:
     def forward(self: nn.Module, hidden: Tensor) -> Tensor:
         weight = self.weight
         assert isinstance(weight, Tensor)
-        if hidden.dtype not in DTYPES or weight.dtype not in DTYPES or torch.compiler.is_compiling():
+        known = hidden.dtype in DTYPES and weight.dtype in DTYPES
+        if torch.compiler.is_compiling() or _own.get() or not known:
             return kind.forward(self, hidden)
         return _RMSNorm.apply(hidden, weight, form, _epsilon(self))
 
-    return type(kind.__name__, (kind, _Lean), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # The class has no name to be found by.
+        return _restored, (kind, form), self.__getstate__()
+
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (kind, _Lean), members)
 
 
-def _form_of(kind: type[nn.Module]) -> Form | None:
-    """The form that gives the values of a new norm of the class in both dtypes, if there is one."""
-    # One that may be given more than its input may do more; PyTorch's own has kernels.
-    if issubclass(kind, nn.RMSNorm) or len(signature(kind.forward).parameters) != 2:
+def _restored(kind: type[nn.Module], form: Form) -> nn.Module:
+    """A norm that gets its state next."""
+    made = _subclass(kind, form)
+    return made.__new__(made)
+
+
+def _form_of(norm: nn.Module) -> Form | None:
+    """The form of a norm, if it is one that its class makes from size and epsilon alone, and there is one for it."""
+    kind, weight = type(norm), norm._parameters.get("weight")
+    # One that may be given more than its input may do more.
+    if weight is None or weight.dim() != 1 or len(signature(kind.forward).parameters) != 2:
         return None
+    try:
+        epsilon = _epsilon(norm)
+        key = (kind, len(weight), epsilon)
+        form, plain = _PROBED[key] = _PROBED.get(key) or _probed(*key)
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        return None
+    # What else it was given may change what it computes.
+    return form if _settings(norm) == plain else None
+
+
+def _settings(norm: nn.Module) -> dict[str, Any]:
+    held = {name: value for name, value in vars(norm).items() if not name.startswith("_") and name != "training"}
+    return held | {"parameters": sorted(dict(norm.named_parameters())), "buffers": sorted(dict(norm.named_buffers()))}
+
+
+_PROBED: dict[tuple[type[nn.Module], int, float], tuple[Form | None, dict[str, Any]]] = {}
+
+
+def _probed(kind: type[nn.Module], size: int, epsilon: float) -> tuple[Form | None, dict[str, Any]]:
+    """The form that gives the values of a new norm of the class in both dtypes, and what that norm holds."""
     # With values, whatever the model around it is made of.
     with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        hidden, weight = torch.randn(32, 8, generator=generator), torch.randn(8, generator=generator)
+        hidden, weight = torch.randn(32, size, generator=generator), torch.randn(size, generator=generator)
         # So small that the epsilon counts.
-        hidden[16:] *= 0.1
+        hidden[16:] *= epsilon**0.5
         cases = []
-        for dtypes in ((a, b) for a in DTYPES for b in DTYPES):
-            try:
-                norm = kind(8, eps=0.01).to(dtypes[1])
-                norm.load_state_dict({"weight": weight})
-                given = hidden.to(dtypes[0])
-                cases.append(((given, norm.weight), _epsilon(norm), norm(given)))
-            except (TypeError, RuntimeError, KeyError):
-                return None
+        for inputs, weights in product(DTYPES, DTYPES):
+            norm = kind(size, eps=epsilon).to(weights)
+            norm.load_state_dict({"weight": weight})
+            given = hidden.to(inputs)
+            cases.append(((given, norm.weight), norm(given)))
         for form in FORMS:
-            found = [(_RMSNorm.apply(*tensors, form, epsilon), expected) for tensors, epsilon, expected in cases]
+            found = [(_RMSNorm.apply(*tensors, form, epsilon), expected) for tensors, expected in cases]
             if all(ours.dtype == theirs.dtype and torch.equal(ours, theirs) for ours, theirs in found):
-                return form
-    return None
+                return form, _settings(norm)
+    return None, {}
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -134,7 +179,7 @@ class _RMSNorm(torch.autograd.Function):
         factors, gradient = _factors(weight, ctx.offset), gradient.float()
         normalised = hidden * scale
         by_feature = gradient * normalised
-        d_weight = by_feature.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = by_feature.reshape(-1, len(weight)).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, d_weight, None, None
         # A step along the input itself changes only its length, which the norm takes away again.

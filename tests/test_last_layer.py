@@ -162,9 +162,25 @@ def test_recomputed_layers_leave_the_same_out():
     assert all(torch.equal(gradient, found[1][key]) for key, gradient in expected[1].items())
 
 
-def test_a_compiled_layer_computes_all():
-    backbone, batch = make("llama"), batch_of(SharedPrefixCollator(0), make_pairs())
-    expected = backbone(batch).detach()
+def test_compiled_layers_compute_all():
+    """Layers that Dynamo gives up on, and so runs as they are, too: here each is, at its second length of row."""
+    backbone, plain = make("llama"), make("llama")
     for layer in backbone.decoder_layers():
-        layer.compile(dynamic=True, backend="eager")
-    assert torch.allclose(backbone(batch).detach(), expected, atol=1e-5)
+        layer.compile(dynamic=False, backend="eager")
+    backbone._compiles_layers = True
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for seed in range(4):
+            batch = batch_of(SharedPrefixCollator(0), make_pairs(seed))
+            # Another model in between leaves nothing behind.
+            expected = plain(batch).detach()
+            seen = rows_of(mlps(backbone)[-1], lambda batch=batch: backbone(batch)) if seed else None
+            assert torch.allclose(backbone(batch).detach(), expected, atol=1e-5)
+            assert seen in (None, [], [batch.input_ids.shape[1]])
+
+
+def test_nothing_is_left_behind_a_row():
+    """The last layer's MLP by itself, on a row as long as the one before it, takes all of it."""
+    backbone, batch = make("llama"), batch_of(SharedPrefixCollator(0), make_pairs())
+    backbone(batch)
+    mlp, length = backbone.decoder_layers()[-1].mlp, batch.input_ids.shape[1]
+    assert rows_of(mlps(backbone)[-1], lambda: mlp(torch.randn(1, length, 32))) == [length]

@@ -1,6 +1,7 @@
 """RMS norms keep less for the backward pass and give the values of the model's own."""
 
 import copy
+import pickle
 from importlib import import_module
 
 import pytest
@@ -9,7 +10,9 @@ from test_layouts import make
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdpo_lightning.norms import keep_less_in_norms
+from sdpo_lightning.data.collate import PaddedCollator
+from sdpo_lightning.exactness import layout_problem
+from sdpo_lightning.norms import _RMSNorm, keep_less_in_norms, own_norms
 
 CLASSES = {
     "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma2": "gemma2", "Gemma3": "gemma3",
@@ -104,6 +107,8 @@ def test_frozen_weights_get_no_gradient():
 
 
 class GatedRMSNorm(nn.Module):
+    __module__ = "transformers.models.made_up"
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -114,6 +119,8 @@ class GatedRMSNorm(nn.Module):
 
 
 class OtherRMSNorm(nn.Module):
+    __module__ = "transformers.models.made_up"
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -123,15 +130,51 @@ class OtherRMSNorm(nn.Module):
 
 
 class OwnRMSNorm(nn.Module):
+    __module__ = "transformers.models.made_up"
+
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
+        self.weight, self.eps = nn.Parameter(torch.ones(4)), 1e-3
 
     def forward(self, hidden):
         return hidden
 
 
-@pytest.mark.parametrize("norm", [GatedRMSNorm(4, 1e-3), OtherRMSNorm(4, 1e-3), OwnRMSNorm(), nn.RMSNorm(4)])
+class OptionRMSNorm(nn.Module):
+    """With `groups` it norms parts of its input, with `scales` False it has no weights."""
+
+    __module__ = "transformers.models.made_up"
+
+    def __init__(self, size, eps=1e-6, groups=1, scales=True):
+        super().__init__()
+        self.eps, self.groups = eps, groups
+        if scales:
+            self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, hidden):
+        parts = hidden.float().unflatten(-1, (self.groups, -1))
+        parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (parts.flatten(-2) * getattr(self, "weight", 1)).type_as(hidden)
+
+
+class KernelRMSNorm(norm_of("Llama")):
+    """As Liger's, which stands in the place of transformers' class and runs on a GPU."""
+
+    __module__ = "liger_kernel.transformers"
+
+
+OTHERS = {
+    "gated": GatedRMSNorm(4, 1e-3), "other": OtherRMSNorm(4, 1e-3), "own": OwnRMSNorm(), "torch": nn.RMSNorm(4),
+    "groups": OptionRMSNorm(4, groups=2), "no weights": OptionRMSNorm(4, scales=False), "kernel": KernelRMSNorm(4),
+}  # fmt: skip
+
+
+def test_an_option_that_is_left_alone_changes_nothing():
+    """So that the two norms with an option are refused for it."""
+    assert keep_less_in_norms(nn.ModuleList([OptionRMSNorm(4, eps=1e-3)])) == 1
+
+
+@pytest.mark.parametrize("norm", OTHERS.values(), ids=OTHERS)
 def test_norms_of_another_form_stay(norm):
     kind = type(norm)
     assert keep_less_in_norms(nn.ModuleList([norm])) == 0
@@ -167,6 +210,32 @@ def test_under_autocast_the_backward_pass_is_fp32():
         found = run(ours, hidden, gradient)
     for theirs, mine in zip(expected, found, strict=True):
         assert torch.allclose(theirs, mine, rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_is_pickled_and_read_again():
+    """Equal in weights, class and values; also within a whole module."""
+    plain, ours = pair_of(norm_of("Llama"))
+    again = pickle.loads(pickle.dumps(nn.Sequential(ours)))[0]
+    hidden = torch.randn(2, 5, 24)
+    assert type(again) is type(ours) and torch.equal(again(hidden), plain(hidden))
+    assert again.weight.data_ptr() != ours.weight.data_ptr()
+
+
+def test_one_row_of_numbers():
+    plain, ours = pair_of(norm_of("Llama"))
+    hidden, gradient = torch.randn(24), torch.randn(24)
+    for theirs, mine in zip(run(plain, hidden, gradient), run(ours, hidden, gradient), strict=True):
+        assert torch.allclose(theirs, mine, atol=1e-6)
+
+
+def test_the_start_up_check_is_against_the_models_own(monkeypatch):
+    """Ours made wrong, in padded rows too: nothing is left, and a backbone without ours is exact."""
+    backbone = make("llama")
+    right = _RMSNorm.forward
+    monkeypatch.setattr(_RMSNorm, "forward", lambda ctx, hidden, *rest: right(ctx, hidden, *rest) * 1.1)
+    assert "differ" in layout_problem(backbone, PaddedCollator(0))
+    with own_norms():
+        assert layout_problem(backbone, PaddedCollator(0)) == ""
 
 
 def test_a_compiled_norm_is_the_models_own():

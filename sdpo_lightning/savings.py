@@ -9,7 +9,7 @@ from sdpo_lightning.last_layer import narrow_last_layer
 from sdpo_lightning.norms import keep_less_in_norms
 
 
-def economise(model: nn.Module) -> None:
+def save_work(model: nn.Module) -> None:
     """Share casts, keep less in norms, and leave out of the last layer what isn't read, where these apply.
 
     Args:
