@@ -115,10 +115,10 @@ def _form_of(norm: nn.Module) -> Form | None:
         epsilon = _epsilon(norm)
         key = (kind, len(weight), epsilon)
         form, plain = _PROBED[key] = _PROBED.get(key) or _probed(*key)
+        # What else it was given may change what it computes.
+        return form if _settings(norm) == plain else None
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
         return None
-    # What else it was given may change what it computes.
-    return form if _settings(norm) == plain else None
 
 
 def _settings(norm: nn.Module) -> dict[str, Any]:

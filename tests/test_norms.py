@@ -169,6 +169,13 @@ OTHERS = {
 }  # fmt: skip
 
 
+def test_a_norm_that_holds_a_tensor_stays():
+    """Whatever it is for, two of them can't be compared by `==`."""
+    norm = norm_of("Llama")(4)
+    norm.extra = torch.ones(2)
+    assert keep_less_in_norms(nn.ModuleList([norm])) == 0
+
+
 def test_an_option_that_is_left_alone_changes_nothing():
     """So that the two norms with an option are refused for it."""
     assert keep_less_in_norms(nn.ModuleList([OptionRMSNorm(4, eps=1e-3)])) == 1
