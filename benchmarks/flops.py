@@ -1,7 +1,8 @@
 """FLOPs of preference pairs as arithmetic, and the peaks of GPUs. A multiply and an add are two; norms and such none.
 
 A pair is its token counts (prompt, chosen, rejected). The floor is what has to be computed: each prompt once,
-each query against the keys it may see, the head on completion tokens only. What is executed may be more.
+each query against the keys it may see, the head on completion tokens only. What is executed may be more, and a little
+less: ours leaves prompts out of parts of the last layer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from sdpo_lightning.last_layer import read_count
 
 Pair = tuple[int, int, int]
 Layout = Literal["shared_prefix", "packed", "padded"]
@@ -94,8 +97,22 @@ def floor_forward(shape: Shape, pairs: Sequence[Pair]) -> Flops:
     return total
 
 
+def left_out(shape: Shape, pairs: Sequence[Pair], layout: Layout, micro_batch: int) -> float:
+    """FLOPs of the body that ours leaves out of a forward pass: queries, output projection and MLP of the last layer
+    where nothing is read of them, in packed rows of layers that aren't compiled.
+    """
+    total = 0.0
+    for start in range(0, len(pairs), micro_batch):
+        part = pairs[start : start + micro_batch]
+        answers = sum(chosen + rejected for _, chosen, rejected in part)
+        tokens = answers + sum(prompt for prompt, _, _ in part) * (1 if layout == "shared_prefix" else 2)
+        weights = 2 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate
+        total += 2.0 * weights * max(0, tokens - read_count(answers))
+    return total
+
+
 def executed_forward(shape: Shape, pairs: Sequence[Pair], layout: Layout, micro_batch: int) -> Flops:
-    """What one forward pass computes in a layout, padding and masked scores included.
+    """What one forward pass computes in a layout, padding and masked scores included, the last layer whole.
 
     Scores: a causal kernel skips what it masks, a kernel that is given a mask doesn't.
     """

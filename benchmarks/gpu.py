@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flops import Flops, executed_forward, floor_forward, peak_flops, training_flops
+from benchmarks.flops import Flops, executed_forward, floor_forward, left_out, peak_flops, training_flops
 from benchmarks.gpu_jobs import SETTINGS, VARIANTS, Job, Setting
 
 LAYOUTS = {"ours": "shared_prefix", "packed": "packed", "trl_default": "padded", "trl_best": "padded"}
@@ -89,7 +89,10 @@ def executed_flops(job: Job) -> float:
     setting, pairs, total = SETTINGS[job.setting], job.timed_pairs, 0.0
     for start in range(0, len(pairs), job.micro_batch):
         part = pairs[start : start + job.micro_batch]
-        forward: Flops = executed_forward(setting.shape, part, LAYOUTS[job.variant], job.micro_batch)
+        sizes = (setting.shape, part, LAYOUTS[job.variant], job.micro_batch)
+        forward: Flops = executed_forward(*sizes)
+        if job.variant in ("ours", "packed") and not job.compiled:
+            forward = replace(forward, body=forward.body - left_out(*sizes))
         logits = 2 * setting.shape.vocab * sum(chosen + rejected for _, chosen, rejected in part)
         # TRL's head never keeps its logits.
         again = job.variant.startswith("trl") or logits > job.logits_budget_mb * 2**20

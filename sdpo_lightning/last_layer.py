@@ -54,9 +54,7 @@ def read_positions(source_index: Tensor, length: int) -> ReadPositions | None:
     Returns:
         None if nothing would be left out. Nothing waits for the device.
     """
-    count = len(source_index)
-    # A few come as they are: so does the row of the start-up check.
-    count += -count % ROWS if count > ROWS else 0
+    count = read_count(len(source_index))
     if count >= length:
         return None
     unread = torch.ones(length, dtype=torch.int8, device=source_index.device)
@@ -65,6 +63,12 @@ def read_positions(source_index: Tensor, length: int) -> ReadPositions | None:
     places = torch.full_like(unread, count, dtype=torch.int64)
     places[positions] = torch.arange(count, device=positions.device)
     return ReadPositions(positions, places)
+
+
+def read_count(sources: int) -> int:
+    """M of so many sources, in a row that has more tokens."""
+    # A few come as they are: so does the row of the start-up check.
+    return sources + (-sources % ROWS if sources > ROWS else 0)
 
 
 def narrow_last_layer(model: nn.Module) -> bool:
