@@ -142,8 +142,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor, read: ReadPositions) -> Tensor:
         """The positions that are read."""
-        ctx.save_for_backward(*read)
-        return _gathered(row, *read)
+        ctx.save_for_backward(read.places)
+        return row[:, read.positions]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -157,19 +157,16 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, read: ReadPositions) -> Tensor:
         """Zeros at the other positions."""
-        ctx.save_for_backward(*read)
-        return _scattered(part, *read)
+        ctx.save_for_backward(read.positions)
+        return _scattered(part, read.places)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Of the positions that are read."""
-        return _gathered(gradient, *ctx.saved_tensors), None
+        [positions] = ctx.saved_tensors
+        return gradient[:, positions], None
 
 
-def _gathered(row: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-    return row[:, positions]
-
-
-def _scattered(part: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+def _scattered(part: Tensor, places: Tensor) -> Tensor:
     # Half the time of putting rows into zeros on a CPU.
     return torch.cat([part, part.new_zeros(1, 1, part.shape[2])], 1).index_select(1, places)

@@ -143,6 +143,22 @@ def test_numbers_that_are_none_are_not_exact():
     assert "differ by nan" in layout_problem(backbone, SharedPrefixCollator(0))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [(IndexError("no such row\nat all"), "no such row"), (AttributeError(), "AttributeError")]
+)
+def test_a_layout_that_a_model_cannot_run_is_a_reason(error, said):
+    """Also an error without a word of its own; padded rows, which don't meet it, are exact."""
+    backbone = make("llama")
+
+    def fail(module, inputs, output):
+        if len(output) == 1:
+            raise error
+
+    backbone.model.model.norm.register_forward_hook(fail)
+    assert layout_problem(backbone, SharedPrefixCollator(0)) == said
+    assert layout_problem(backbone, PaddedCollator(0)) == ""
+
+
 def test_a_self_check_of_numbers_that_are_none_fails():
     """The second of two pairs has no chosen logp; as a filler pair it isn't looked at."""
     module = SimpleNamespace(trainer=SimpleNamespace(precision="32-true"), reference=SimpleNamespace(tolerance=1e-5))
